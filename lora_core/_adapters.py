@@ -1,0 +1,249 @@
+"""The adapters on a model: listing them, and choosing which are active and how strongly."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from lora_core._config import check_finite
+from lora_core._errors import AdapterError, ConfigError, MergeError, listed
+from lora_core._layers import LoRAMixin, Selection
+from lora_core._reports import AdapterSummary, Summary, count
+
+_NONE = Selection((), (), ())
+
+
+def clean(name: str) -> str:
+    """A module's dotted name without what `torch.compile` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRAMixin]:
+    """The layers of `model` that carry adapters, each once, by their first dotted name."""
+    return {clean(n): m for n, m in model.named_modules() if isinstance(m, LoRAMixin)}
+
+
+def adapter_names(layers: Mapping[str, LoRAMixin]) -> list[str]:
+    """The names of all adapters on these layers, in order of arrival."""
+    return list(dict.fromkeys(name for layer in layers.values() for name in layer.lora_configs))
+
+
+def layers_with(model: nn.Module, name: str | None) -> dict[str, LoRAMixin]:
+    """The layers that carry adapter `name`, or any adapter where it is None.
+
+    Raises:
+        AdapterError: If there are none.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise AdapterError(
+            f"The model must have an adapter, but this {type(model).__name__} has none."
+            " Call `inject` or `load` first."
+        )
+    found = {n: m for n, m in layers.items() if name is None or name in m.lora_configs}
+    if not found:
+        raise AdapterError(
+            f"`name` must be an adapter of the model, but is {name!r};"
+            f" it has {listed(adapter_names(layers))}."
+        )
+    return found
+
+
+def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """The factors of one adapter, or of all: what an optimiser should be given.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter; None means all.
+
+    Returns:
+        Each Parameter once, `lora_A` before `lora_B`, in the order of the model.
+
+    Raises:
+        AdapterError: If there is no such adapter, or none at all.
+
+    Example:
+        >>> from lora_core import LoRALinear
+        >>> [tuple(p.shape) for p in parameters(LoRALinear(nn.Linear(3, 5), rank=2))]
+        [(2, 3), (5, 2)]
+    """
+    return [
+        factor
+        for layer in layers_with(model, name).values()
+        for adapter in layer.lora_configs
+        if name in (None, adapter)
+        for factor in layer.factors(adapter)
+    ]
+
+
+def summary(model: nn.Module) -> Summary:
+    """How the adapters of a model stand; changes nothing and prints as a table."""
+    layers = adapted_layers(model)
+    adapters = []
+    for name in adapter_names(layers):
+        mine = {n: m for n, m in layers.items() if name in m.lora_configs}
+        factors = [factor for m in mine.values() for factor in m.factors(name)]
+        strengths = (
+            m.lora_selection.strengths[m.lora_selection.names.index(name)]
+            for m in mine.values()
+            if name in m.lora_selection.names
+        )
+        adapters.append(
+            AdapterSummary(
+                name=name,
+                layers=tuple(mine),
+                ranks=tuple(sorted({m.lora_configs[name].rank for m in mine.values()})),
+                parameters=count(factors),
+                nbytes=sum(p.numel() * p.element_size() for p in factors),
+                strengths=tuple(dict.fromkeys(strengths)),
+                trainable=any(p.requires_grad for p in factors),
+                merged=any(m.lora_merged and name in m.lora_merged.names for m in mine.values()),
+            )
+        )
+    everything = list(model.parameters())
+    return Summary(
+        adapters=tuple(adapters),
+        trainable=count([p for p in everything if p.requires_grad]),
+        total=count(everything),
+    )
+
+
+class Scales(AbstractContextManager["Scales"]):
+    """What `scales` did; leaving it as a context puts back what was there before.
+
+    Attributes:
+        strengths: The active adapters and their strengths.
+    """
+
+    def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, float]) -> None:
+        self.strengths = dict(strengths)
+        self._before = [(layer, layer.lora_selection) for layer in layers.values()]
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{name}={value:g}" for name, value in self.strengths.items())
+        return f"scales({inner})"
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _put_back(self._before)
+
+
+def scales(model: nn.Module, /, **strengths: float) -> Scales:
+    """Chooses the active adapters and their strengths, in place.
+
+    The adapters named become the active ones, in this order, each multiplied by its strength on
+    top of ``alpha / rank``; all others become inactive. Works at once, and as a context manager
+    that restores what it found.
+
+    Args:
+        model: A model with adapters.
+        strengths: A strength for each adapter that is to be active.
+
+    Raises:
+        AdapterError: If a name is no adapter of the model.
+        ConfigError: If a strength is no finite number, or none is given.
+        MergeError: If the model is merged: its weights hold the strengths that they were given.
+
+    Example:
+        >>> from lora_core import LoRALinear
+        >>> layer = LoRALinear(nn.Linear(3, 5), rank=2, name="style")
+        >>> with scales(layer, style=0.5):
+        ...     summary(layer).adapters[0].strengths
+        (0.5,)
+        >>> summary(layer).adapters[0].strengths
+        (1.0,)
+    """
+    layers = layers_with(model, None)
+    known = adapter_names(layers)
+    unknown = [name for name in strengths if name not in known]
+    if unknown:
+        raise AdapterError(
+            f"`scales` must name adapters of the model, but got {listed(unknown)};"
+            f" it has {listed(known)}."
+        )
+    if not strengths:
+        raise ConfigError(
+            "`scales` must be given a strength for an adapter, but got none."
+            f" Write `scales(model, {known[0]}=1.0)`, or use `disabled(model)`."
+        )
+    checked = {name: check_finite(name, value) for name, value in strengths.items()}
+    merged = [name for name, layer in layers.items() if layer.lora_merged is not None]
+    if merged:
+        raise MergeError(
+            f"Strengths must be chosen while unmerged, but {listed(merged)} is merged."
+            " Call `unmerge(model)` first, then `scales`, then `merge`."
+        )
+    receipt = Scales(layers, checked)
+    chosen = [(layer, layer.select(checked)) for layer in layers.values()]
+    with ExitStack() as undo:
+        undo.callback(_put_back, receipt._before)  # its own receipt
+        for layer, selection in chosen:
+            layer.lora_selection = selection
+        undo.pop_all()
+    return receipt
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Shows the base model for a while, merged or not, and restores exactly what it found.
+
+    Raises:
+        AdapterError: If the model has no adapter.
+        MergeError: If it was merged with ``reversible=False``: the base is gone.
+    """
+    layers = layers_with(model, None)
+    gone = [
+        n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is None
+    ]
+    if gone:
+        raise MergeError(
+            f"`disabled` must have the original weights, but {listed(gone)} was merged with"
+            " reversible=False. Load the base model again."
+        )
+    before = [(layer, layer.lora_selection) for layer in layers.values()]
+    hidden: list[tuple[LoRAMixin, Tensor]] = []
+    try:
+        for layer, _ in before:
+            state = layer.lora_merged
+            if state is None:
+                layer.lora_selection = _NONE
+            elif state.merged is None and state.kept is not None:
+                hidden.append((layer, layer.weight.data))
+                layer.lora_merged = state._replace(merged=layer.weight.data)
+                swap(layer.weight, state.kept)
+        yield
+    finally:
+        for layer, values in hidden:
+            if vars(layer).get("lora_merged") is not None:
+                swap(layer.weight, values)
+                layer.lora_merged = layer.lora_merged._replace(merged=None)  # type: ignore[union-attr]
+        _put_back(before)
+
+
+def swap(weight: Tensor, values: Tensor) -> None:
+    """Gives a Parameter other values without a copy, and lets autograd know.
+
+    A backward through a forward made before the swap raises instead of using wrong values.
+    """
+    weight.data = values.to(weight.device, weight.dtype)
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
+
+
+def _put_back(before: list[tuple[LoRAMixin, Selection]]) -> None:
+    """Restores selections on the layers, and for the adapters, that are still there."""
+    for layer, selection in before:
+        configs = vars(layer).get("lora_configs")
+        if configs is None:
+            continue
+        intact = all(name in configs for name in selection.names) and all(
+            gain.device == layer.weight.device for gain in selection.gains
+        )
+        old = dict(zip(selection.names, selection.strengths, strict=True))
+        layer.lora_selection = selection if intact else layer.select(old)

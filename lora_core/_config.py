@@ -1,0 +1,89 @@
+"""What one adapter on one layer is configured to be, and the checks of each setting."""
+
+import math
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from lora_core._errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """One adapter's settings on one layer.
+
+    Attributes:
+        rank: Inner dimension of the update, at least 1.
+        alpha: Numerator of the scale; equal to `rank` where the user gave none.
+        dropout: Probability of dropping an input element of the update while training.
+        dtype: Type the factors are stored in.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    dtype: torch.dtype
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``, what the update is multiplied by at strength 1."""
+        return self.alpha / self.rank
+
+
+def check_rank(rank: object, in_features: int, out_features: int, where: str = "") -> int:
+    """Returns `rank` if it is a whole number in ``1 .. min(in_features, out_features)``."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ConfigError(f"`rank` must be a whole number, but is {rank!r}{where}.")
+    limit = min(in_features, out_features)
+    if rank < 1:
+        raise ConfigError(f"`rank` must be at least 1, but is {rank}{where}.")
+    if rank > limit:
+        bound = f"min(in_features, out_features) = {limit}"
+        raise ConfigError(f"`rank` must be at most {bound}, but is {rank}{where}.")
+    return rank
+
+
+def check_alpha(alpha: object, rank: int) -> float:
+    """Returns `alpha` as a float, `rank` where it is None."""
+    return float(rank) if alpha is None else check_finite("alpha", alpha)
+
+
+def check_finite(what: str, value: object) -> float:
+    """Returns `value` as a float if it is a finite real number."""
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # of an int beyond every float
+            number = float(value)
+    if not math.isfinite(number):
+        raise ConfigError(f"`{what}` must be a finite number, but is {value!r}.")
+    return number
+
+
+def check_dropout(dropout: object) -> float:
+    """Returns `dropout` as a float if it lies in [0, 1)."""
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ConfigError(f"`dropout` must be in [0, 1), but is {dropout!r}.")
+    return float(dropout)
+
+
+def check_dtype(dtype: object) -> torch.dtype | None:
+    """Returns `dtype` if it is None or a floating type that can be trained."""
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ConfigError(
+            f"`dtype` must be a floating type of 16 bits or more, but is {dtype!r}."
+            " Use torch.float32, torch.bfloat16, torch.float16 or torch.float64."
+        )
+    return dtype
+
+
+def check_name(name: object) -> str:
+    """Returns `name` if it can name an adapter: never a path, never a dotted module name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(f"`name` must be 1 to 64 letters, digits, '_' or '-', but is {name!a}.")
+    return name

@@ -1,0 +1,274 @@
+"""Saving an adapter to a file, and loading one into a model: validate everything, then act."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora_core._adapters import adapter_names, layers_with
+from lora_core._config import AdapterConfig, check_finite, check_name
+from lora_core._errors import (
+    AdapterError,
+    ConfigError,
+    CorruptFileError,
+    MergeError,
+    MismatchError,
+    listed,
+)
+from lora_core._files import container, native
+from lora_core._files.fingerprint import differing, fingerprint
+from lora_core._files.native import AdapterFile, FileLayer
+from lora_core._injection import Candidate, Graft, graft, walk
+from lora_core._injection.planning import describe
+from lora_core._layers import sizes
+from lora_core._reports import Report, SaveReport
+
+__all__ = ["load", "save"]
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> SaveReport:
+    """Writes one adapter of `model` to a self-describing `.safetensors` file.
+
+    Atomic, and byte for byte the same for the same adapter, merged or not. Strengths set by
+    `scales` are not part of an adapter and are not saved; rank, alpha and dropout are.
+
+    Args:
+        model: A model with adapters.
+        path: Where to write; an existing file is replaced.
+        name: The adapter; None if the model has just one.
+        metadata: Entries of your own, strings by string.
+
+    Raises:
+        AdapterError: If there is no such adapter, or several and none named.
+        ConfigError: If `metadata` is not made of strings or uses a reserved key, or a factor is
+            not finite.
+        MergeError: If the base weights are gone (``merge(..., reversible=False)``).
+        OSError: If the file can't be written; an existing one is then as it was.
+
+    Example:
+        >>> import tempfile, lora_core
+        >>> layer = lora_core.LoRALinear(nn.Linear(3, 5), rank=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(layer, f"{folder}/style.safetensors").parameters
+        16
+    """
+    layers = layers_with(model, name)
+    if name is None:
+        known = adapter_names(layers)
+        if len(known) > 1:
+            raise AdapterError(
+                f"`name` must say which adapter to save, but the model has {listed(known)}."
+            )
+        name = known[0]
+    own = _check_metadata(metadata or {})
+    gone = [
+        n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is None
+    ]
+    if gone:
+        raise MergeError(
+            f"An adapter must be saved with its base at hand, but {listed(gone)} was merged with"
+            " reversible=False. Save before such a merge."
+        )
+    held = {n: m.factors(name) for n, m in layers.items()}
+    bad = [n for n, factors in held.items() if not all(bool(f.isfinite().all()) for f in factors)]
+    if bad:
+        raise ConfigError(
+            f"An adapter must be finite to be saved, but that of {listed(bad)} holds NaN or"
+            " infinity. Go back to an earlier state; lower the learning rate."
+        )
+    file_layers = {
+        n: FileLayer(*held[n], layer.lora_configs[name].alpha, layer.lora_configs[name].dropout)
+        for n, layer in layers.items()
+    }
+    tensors, entries = native.encode(AdapterFile(name, file_layers, fingerprint(layers), own))
+    data = container.pack(tensors, entries)
+    container.write(path, data)
+    numbers = sum(t.numel() for t in tensors.values())
+    return SaveReport(os.fspath(path), name, tuple(layers), numbers, len(data))
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    scale: float = 1.0,
+    strict: bool = True,
+    *,
+    check_base: bool = True,
+) -> Report:
+    """Puts the adapter of a file on `model`, in place, all or nothing.
+
+    What the file needs is injected; the adapter is active at strength `scale` beside those that
+    are there, and trainable. As with `inject` the host stops training; other adapters keep their
+    flags.
+
+    Args:
+        model: The model, bare or with other adapters.
+        path: A file written by `save`.
+        name: What to call the adapter here; None means as it was saved.
+        scale: Its strength.
+        strict: Whether a layer that the model lacks, or a base model with other weights, is an
+            error; else the rest is loaded, and both are warned of and noted in the report.
+        check_base: Whether to compare the weights with those the adapter was trained on.
+
+    Returns:
+        What was adapted, with the file's own metadata.
+
+    Raises:
+        CorruptFileError: If the file is damaged or of another kind.
+        MismatchError: If file and model don't belong together.
+        AdapterError: If the name is taken.
+        ConfigError: If the name or the scale is out of range.
+        MergeError: If a layer that is needed is merged.
+        OSError: If the file can't be read.
+        Whatever is raised, the model is as it was.
+
+    Example:
+        >>> import tempfile, lora_core
+        >>> base, bare = nn.Linear(3, 5), nn.Linear(3, 5)
+        >>> _ = bare.load_state_dict(base.state_dict())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save(lora_core.LoRALinear(base, rank=2), f"{folder}/style.safetensors")
+        ...     load(bare, f"{folder}/style.safetensors", name="style").layers[0].rank
+        2
+    """
+    strength = check_finite("scale", scale)
+    if name is not None:
+        check_name(name)
+    file = _read(path)
+    name = file.name if name is None else name
+    found, missing = _resolve(model, file, os.fspath(path), strict)
+    notes = [f"not in the model: {listed(missing)}"] if missing else []
+    if check_base:
+        notes += _compare(file, found, os.fspath(path), strict)
+    for note in notes:
+        warnings.warn(f"{os.fspath(path)}: {note}", stacklevel=2)
+    grafts, configs = [], []
+    for layer_name, candidate in found.items():
+        layer = file.layers[layer_name]
+        configs.append(AdapterConfig(layer.rank, layer.alpha, layer.dropout, layer.lora_A.dtype))
+        grafts.append(_graft(candidate, layer, configs[-1]))
+    report = describe(
+        model,
+        name,
+        list(found.values()),
+        configs,
+        dict.fromkeys(missing, "not in the model"),
+        freeze=True,
+        notes=tuple(notes),
+    )
+    host = [
+        (module, parameter)
+        for module in model.modules()
+        for parameter in module._parameters
+        if not parameter.startswith(("lora_A_", "lora_B_"))
+    ]
+    graft(name, grafts, host, strength)
+    return replace(report, metadata=file.metadata)
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    odd = [k for k, v in metadata.items() if not (isinstance(k, str) and isinstance(v, str))]
+    if odd:
+        raise ConfigError(
+            f"`metadata` must map strings to strings, but {listed(odd)} does not."
+            " Write other values as text, with json.dumps for example."
+        )
+    reserved = [key for key in native.RESERVED if key in metadata]
+    if reserved:
+        raise ConfigError(
+            f"`metadata` must leave {listed(native.RESERVED)} to the format, but sets"
+            f" {listed(reserved)}. Choose other keys."
+        )
+    return dict(metadata)
+
+
+def _read(path: str | os.PathLike[str]) -> AdapterFile:
+    tensors, metadata = container.read(path)
+    where = os.fspath(path)
+    if "lora_core" not in metadata:
+        raise CorruptFileError(
+            f"{where!r} must be a file written by `lora_core.save`, but has no 'lora_core' entry;"
+            f" it holds {len(tensors)} tensors: {listed(tensors)}."
+        )
+    try:
+        about = container.strict_json(metadata["lora_core"])
+    except ValueError as error:
+        raise CorruptFileError(f"{where!r} must describe its tensors, but {error}.") from error
+    return native.decode(tensors, metadata, about, where)
+
+
+def _resolve(
+    model: nn.Module, file: AdapterFile, where: str, strict: bool
+) -> tuple[dict[str, Candidate], list[str]]:
+    """The model's layer for each of the file's, and the names that the model lacks."""
+    candidates = walk(model)
+    by_name = {name: c for c in candidates if c.adaptable for name in c.names}
+    found = {name: by_name[name] for name in file.layers if name in by_name}
+    missing = [name for name in file.layers if name not in by_name]
+    if missing and (strict or not found):
+        raise MismatchError(
+            f"The model must have all {len(file.layers)} layers of {where!r}, but"
+            f" {len(missing)} are not linear layers of this {type(model).__name__}:"
+            f" {listed(missing)}; it has {len(by_name)}: {listed(by_name)}."
+            + (" Load it into the model it was made for, or pass strict=False." if found else "")
+        )
+    wrong = []
+    for name, c in found.items():
+        layer = file.layers[name]
+        theirs = (layer.lora_A.shape[1], layer.lora_B.shape[0])
+        if theirs != sizes(c.module):
+            wrong.append(
+                "{} (file {} -> {}, model {} -> {})".format(name, *theirs, *sizes(c.module))
+            )
+    if wrong:
+        raise MismatchError(
+            f"Layers must have the sizes that {where!r} was made for, but {len(wrong)} of"
+            f" {len(found)} differ: {listed(wrong)}. Load it into the model it was made for."
+        )
+    hazards = [c for c in found.values() if c.problem]
+    if hazards:
+        raise MismatchError(
+            f"Every layer of {where!r} must be adaptable, but {hazards[0].name!r}"
+            f" {hazards[0].problem}"
+        )
+    if len({id(c.module) for c in found.values()}) < len(found):
+        raise MismatchError(
+            f"Every layer of {where!r} must be a module of its own, but two names of the file are"
+            " one shared module of the model. Untie it, or load into the model it was made for."
+        )
+    return found, missing
+
+
+def _compare(
+    file: AdapterFile, found: Mapping[str, Candidate], where: str, strict: bool
+) -> list[str]:
+    modules = {name: found[name].module if name in found else None for name in file.layers}
+    try:
+        other = differing(file.base, modules)
+    except ValueError as error:
+        raise CorruptFileError(f"{where!r} must describe its base, but {error}.") from error
+    if not other:
+        return []
+    said = f"base weights differ at {len(other)} of {len(found)} layers: {listed(other, 2)}"
+    if strict:
+        raise MismatchError(
+            f"The model must be the one that {where!r} was trained on, but its {said}."
+            " Load that base first, or pass check_base=False."
+        )
+    return [said]
+
+
+def _graft(candidate: Candidate, layer: FileLayer, config: AdapterConfig) -> Graft:
+    device = candidate.module.weight.device
+    with torch.inference_mode(mode=False):
+        factors = (nn.Parameter(f.to(device)) for f in (layer.lora_A, layer.lora_B))  # type: ignore[arg-type]
+        return Graft(candidate.module, config, *factors)

@@ -1,0 +1,184 @@
+"""The rim: safetensors bytes in and out, checked on the way in and atomic on the way out."""
+
+import errno
+import json
+import os
+import secrets
+import stat
+import struct
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from lora_core._errors import CorruptFileError
+
+_MAX_HEADER = 8 * 2**20  # bytes
+_MAX_TENSORS = 65_536
+_ABANDONED = 3600  # seconds after which a dead process's temporary file is swept
+
+_LOOKS = (
+    (b"version https://git-lfs", "a git-lfs pointer: the file itself was never fetched"),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle, which may hold code"),
+    (b"\x80\x02", "a pickle, which may hold code"),
+    (b"\x80\x04", "a pickle, which may hold code"),
+    (b"<", "a web page: the download answered with HTML"),
+    (b"GGUF", "a GGUF model"),
+)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file, read whole: later changes to it do no harm.
+
+    Raises:
+        CorruptFileError: If it is no safetensors file, is damaged, or is built to do harm.
+        OSError: If it can't be read, or is no regular file.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "a file is needed, but this is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(
+            errno.EINVAL, "a regular file is needed, but this is a device or pipe", str(path)
+        )
+    data = path.read_bytes()
+    header = _header(data, path)
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
+        _refuse(path, str(error))
+    return tensors, header.get("__metadata__") or {}
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file: equal for equal content, whatever the order of the keys."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    plain = safetensors.torch.save(tensors)
+    (size,) = struct.unpack("<Q", plain[:8])
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(plain[8 : 8 + size])}
+    # safetensors itself writes metadata in random order
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + plain[8 + size :]
+
+
+def write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Puts `data` at `path`: after a crash at any moment the old file is there or the new one.
+
+    Follows a symbolic link to its target, keeps an existing file's permissions and gives a new
+    one the ordinary ones.
+
+    Raises:
+        OSError: If it can't be written; an existing file is then as it was.
+    """
+    target = Path(os.path.realpath(path))
+    mode = target.stat().st_mode if target.exists() else None
+    if mode is not None and not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
+        raise OSError(errno.EINVAL, f"a file is to be written, but {kind} is there", str(path))
+    folder = target.parent
+    _sweep(target)
+    temporary = folder / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        fd, unnamed = _open(folder, temporary)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            if mode is not None:
+                os.fchmod(fd, stat.S_IMODE(mode))
+            os.fsync(fd)
+            if unnamed:
+                _name(fd, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} ({len(data)} bytes)", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(folder)
+
+
+def strict_json(text: str | bytes) -> Any:
+    """`json.loads` that refuses duplicate keys, NaN, infinities and bottomless nesting.
+
+    Raises:
+        ValueError: If the text is any of that, or no JSON.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in items}) < len(items):
+            raise ValueError("a key stands twice")
+        return dict(items)
+
+    def constant(value: str) -> NoReturn:
+        raise ValueError(f"{value} is no JSON number")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _header(data: bytes, path: Path) -> dict[str, Any]:
+    size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
+    if not 2 <= size <= len(data) - 8 or data[8:9] != b"{":
+        _refuse(path, "it has no header", data)
+    if size > _MAX_HEADER:
+        _refuse(path, f"its header has {size:,} bytes, over the limit of {_MAX_HEADER:,}")
+    try:
+        header = strict_json(data[8 : 8 + size])
+    except ValueError as error:
+        _refuse(path, f"its header is not valid: {error}")
+    if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
+        _refuse(path, f"its header lists more than {_MAX_TENSORS:,} tensors")
+    return header
+
+
+def _refuse(path: Path, reason: str, data: bytes = b"") -> NoReturn:
+    start = data[:64].lstrip()
+    looks = next((what for magic, what in _LOOKS if start.startswith(magic)), "")
+    hint = f" It looks like {looks}." if looks else " Fetch or save it again."
+    raise CorruptFileError(
+        f"{str(path)!r} must be a whole safetensors file, but {reason} ({len(data) or 'damaged'}"
+        f"{' bytes' if data else ''}).{hint}"
+    )
+
+
+def _open(folder: Path, temporary: Path) -> tuple[int, bool]:
+    """A file to write into, without a name where the system allows it: a kill leaves nothing."""
+    if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").exists():
+        with suppress(OSError):
+            return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), True
+    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), False
+
+
+def _name(fd: int, path: Path) -> None:
+    """Gives a nameless file its name."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:  # the link in /proc is followed only where a folder's descriptor is given
+        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
+
+
+def _sweep(target: Path) -> None:
+    """Removes temporary files of this target that killed processes left long ago."""
+    for old in target.parent.glob(f".{target.name}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _ABANDONED:
+                old.unlink()
+
+
+def _sync(folder: Path) -> None:
+    # the rename itself must survive a power cut; not every system lets a folder be opened
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,144 @@
+"""The library's own format: plain factors by module name, and one JSON value that describes them.
+
+Tensors: ``<module>.lora_A`` (rank, in_features) and ``<module>.lora_B`` (out_features, rank).
+Metadata: ``format`` = "pt", ``lora_core`` = the JSON value below, and the user's own entries.
+
+    {"version": 1, "adapter": "style",
+     "layers": {"down.0.attn.to_q": {"alpha": 4.0, "kind": "linear", "rank": 4}},
+     "base": {"dtype": "float32", "samples": "<base64>"}}
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lora_core._config import check_alpha, check_dropout, check_name
+from lora_core._errors import ConfigError, CorruptFileError, listed
+
+_VERSION = 1
+RESERVED = ("format", "lora_core")
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayer:
+    """One layer's factors as a file holds them.
+
+    Attributes:
+        lora_A: Down-projection (rank, in_features).
+        lora_B: Up-projection (out_features, rank).
+        alpha: Numerator of the scale.
+        dropout: Probability of dropping an input element while training.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    alpha: float
+    dropout: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension, taken from the tensors."""
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """An adapter outside any model: the neutral form between files and layers.
+
+    Attributes:
+        name: The name it was saved under.
+        layers: Factors by dotted module name.
+        base: Fingerprint of the weights that it was trained on.
+        metadata: The file's other entries, verbatim.
+    """
+
+    name: str
+    layers: Mapping[str, FileLayer]
+    base: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+
+def encode(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata that stand for an adapter."""
+    tensors, layers = {}, {}
+    for name, layer in file.layers.items():
+        tensors[_key(name, "lora_A")] = layer.lora_A
+        tensors[_key(name, "lora_B")] = layer.lora_B
+        layers[name] = {"alpha": layer.alpha, "kind": "linear", "rank": layer.rank}
+        if layer.dropout:
+            layers[name]["dropout"] = layer.dropout
+    about = {"version": _VERSION, "adapter": file.name, "layers": layers, "base": file.base}
+    text = json.dumps(about, separators=(",", ":"), sort_keys=True)
+    return tensors, {**file.metadata, "format": "pt", "lora_core": text}
+
+
+def decode(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], about: Any, where: str
+) -> AdapterFile:
+    """The adapter that tensors and metadata stand for; `about` is the parsed JSON value.
+
+    Raises:
+        CorruptFileError: If the description and the tensors don't fit each other.
+    """
+    try:
+        if about["version"] != _VERSION:
+            raise ValueError(
+                f"its format version is {about['version']!r}, this reader knows {_VERSION};"
+                " a newer lora_core wrote it"
+            )
+        name = check_name(about["adapter"])
+        layers = {n: _layer(n, entry, tensors) for n, entry in about["layers"].items()}
+        base = dict(about["base"])
+    except (ConfigError, ValueError) as error:
+        raise CorruptFileError(f"{where!r} must describe its tensors, but {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{where!r} must describe its tensors, but its 'lora_core' entry is malformed"
+            f" ({type(error).__name__}: {error}). Save it again."
+        ) from error
+    expected = {_key(n, factor) for n in layers for factor in ("lora_A", "lora_B")}
+    surplus = sorted(set(tensors) - expected)
+    if surplus or not layers:
+        raise CorruptFileError(
+            f"{where!r} must hold exactly the tensors of its {len(layers)} layers, but"
+            f" {listed(surplus) or 'it has none'}. Save it again."
+        )
+    rest = {key: value for key, value in metadata.items() if key not in RESERVED}
+    return AdapterFile(name, layers, base, rest)
+
+
+def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FileLayer:
+    kind = entry["kind"]
+    if kind != "linear":
+        raise ValueError(f"{listed([name])} is of the unknown kind {kind!a}")
+    missing = [k for k in (_key(name, "lora_A"), _key(name, "lora_B")) if k not in tensors]
+    if missing:
+        raise ValueError(f"{listed(missing)} is missing")
+    lora_A, lora_B = (tensors[_key(name, factor)] for factor in ("lora_A", "lora_B"))
+    for factor in (lora_A, lora_B):
+        if factor.ndim != 2 or not factor.is_floating_point() or not factor.numel():
+            raise ValueError(
+                f"a factor of {listed([name])} is {factor.dtype} of shape {tuple(factor.shape)};"
+                " a floating matrix is needed"
+            )
+        if not bool(factor.isfinite().all()):
+            raise ValueError(f"a factor of {listed([name])} holds NaN or infinity")
+    rank = lora_A.shape[0]
+    if lora_B.shape[1] != rank or entry["rank"] != rank or lora_A.dtype != lora_B.dtype:
+        raise ValueError(
+            f"the factors of {listed([name])} disagree: lora_A {tuple(lora_A.shape)} {lora_A.dtype}"
+            f", lora_B {tuple(lora_B.shape)} {lora_B.dtype}, described rank {entry['rank']!r}"
+        )
+    if rank > min(lora_A.shape[1], lora_B.shape[0]):
+        raise ValueError(f"the rank {rank} of {listed([name])} exceeds its layer's sizes")
+    alpha, dropout = entry["alpha"], entry.get("dropout", 0.0)
+    if alpha is None:
+        raise ValueError(f"{listed([name])} has no alpha")
+    return FileLayer(lora_A, lora_B, check_alpha(alpha, rank), check_dropout(dropout))
+
+
+def _key(name: str, factor: str) -> str:
+    return f"{name}.{factor}".lstrip(".")

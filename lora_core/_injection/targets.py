@@ -1,0 +1,311 @@
+"""Which layers to adapt: the user's patterns, and attention projections in every dialect."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_core._adapters import clean
+from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
+from lora_core._layers import mixin_for, why_not
+
+type_ = type
+Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Sequence[Pattern]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A module, all its dotted names, and why it can't be adapted ("" if it can).
+
+    Attributes:
+        names: Every dotted name under which the module is reached, the first one first.
+        module: The module.
+        adaptable: Whether its kind can carry an adapter.
+        problem: What stands in the way on a layer of an adaptable kind.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    adaptable: bool
+    problem: str
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one family of models names the projections of an attention block.
+
+    Attributes:
+        title: The families that use it.
+        inputs: Names of the input projections, relative to the block.
+        outputs: Names of the output projections; they count only beside an input.
+        whole: Whether all the inputs must be there, for names too short to mean attention alone.
+        place: Whether the block's own name or class must say attention.
+    """
+
+    title: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    whole: bool = False
+    place: bool = False
+
+
+DIALECTS = (
+    Dialect(
+        "Stable Diffusion, SDXL, SD3, Flux (diffusers, LDM)",
+        ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+        ("to_out.0", "to_out", "to_add_out"),
+    ),
+    Dialect(
+        "Llama, Mistral, Qwen, Gemma, Phi, OPT, CLIP, Whisper",
+        ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        ("o_proj", "out_proj"),
+    ),
+    Dialect("BERT, RoBERTa, ViT", ("query", "key", "value"), (), whole=True),
+    Dialect("T5", ("q", "k", "v"), ("o",), whole=True),
+    Dialect("timm ViT, Swin, DiT", ("qkv",), ("proj",), place=True),
+    Dialect("MPT, ModernBERT", ("Wqkv",), ("Wo", "out_proj")),
+    Dialect("GPT-2", ("c_attn", "q_attn"), ("c_proj",)),
+    Dialect("DistilBERT", ("q_lin", "k_lin", "v_lin"), ("out_lin",)),
+    Dialect("GPT-NeoX, BLOOM, Falcon", ("query_key_value",), ("dense",)),
+)
+
+
+def walk(model: nn.Module) -> list[Candidate]:
+    """Every module of `model` once, with all its names, in the order of `named_modules`."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, module, parent in _visit(model, "", (), None):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+        if parent is not None:
+            parents.setdefault(id(module), []).append((parent, name.rpartition(".")[2]))
+    found = []
+    for key, module in modules.items():
+        adaptable = mixin_for(module) is not None
+        problem = (why_not(module) or _bypass(parents.get(key, []))) if adaptable else ""
+        found.append(Candidate(tuple(names[key]), module, adaptable, problem))
+    return found
+
+
+def _visit(
+    module: nn.Module, name: str, above: tuple[int, ...], parent: nn.Module | None
+) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    if id(module) in above:  # a module that contains itself
+        return
+    yield name, module, parent
+    for child_name, child in module._modules.items():
+        if child is not None:
+            child_path = clean(f"{name}.{child_name}".lstrip("."))
+            yield from _visit(child, child_path, (*above, id(module)), module)
+
+
+def _bypass(parents: list[tuple[nn.Module, str]]) -> str:
+    """Names the parent that reads this layer's weight itself and never calls the layer."""
+    for parent, name in parents:
+        if isinstance(parent, nn.MultiheadAttention):
+            return (
+                "is never called: nn.MultiheadAttention reads its weight itself, so an adapter"
+                " would have no effect. Exclude it."
+            )
+        if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
+            return (
+                "is bypassed by the fast path of nn.TransformerEncoderLayer in evaluation, so an"
+                " adapter would have no effect there. Exclude it."
+            )
+    return ""
+
+
+def attention_projections(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """The attention projections by first name, with the title of the dialect that found each."""
+    by_name = {name: c for c in candidates for name in c.names}
+    found: dict[str, str] = {}
+    for name, block in by_name.items():
+        children = block.module._modules
+        for dialect in DIALECTS:
+            if not any(child in children for child in dialect.inputs):
+                continue
+            if dialect.place and not _says_attention(name, block.module):
+                continue
+            here = [_child(by_name, name, child) for child in dialect.inputs]
+            if dialect.whole and not all(here):
+                continue
+            here += [_child(by_name, name, child) for child in dialect.outputs]
+            if any(here[: len(dialect.inputs)]):
+                found.update({c.name: dialect.title for c in here if c})
+    return found
+
+
+def _child(by_name: dict[str, Candidate], parent: str, child: str) -> Candidate | None:
+    candidate = by_name.get(f"{parent}.{child}".lstrip("."))
+    return candidate if candidate and candidate.adaptable else None
+
+
+def _says_attention(name: str, module: nn.Module) -> bool:
+    words = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    return "attn" in words or "attention" in words
+
+
+def as_patterns(what: str, patterns: Patterns) -> list[Pattern]:
+    """`patterns` as a list, each of a kind that can be matched."""
+    single = isinstance(patterns, str | re.Pattern | type_) or not isinstance(patterns, Iterable)
+    items: list[Pattern] = [patterns] if single else list(patterns)  # type: ignore[list-item, arg-type]
+    for item in items:
+        module_class = isinstance(item, type_) and issubclass(item, nn.Module)
+        is_name = isinstance(item, re.Pattern) or (isinstance(item, str) and item)
+        predicate = callable(item) and not isinstance(item, type_ | nn.Module)
+        if not (is_name or module_class or predicate):
+            raise ConfigError(
+                f"`{what}` must hold glob strings, compiled regexes, module classes or predicates"
+                f" (name, module), but holds {item!r}."
+            )
+    return items
+
+
+def matches(pattern: Pattern, candidate: Candidate) -> bool:
+    """Whether a pattern names this module under any of its names.
+
+    A string is a glob over the dotted name, or over any tail of it that begins after a dot, so
+    that a bare word is the last segment and "to_out.0" finds every such pair of segments.
+    """
+    if isinstance(pattern, str):
+        return any(
+            fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+            for name in candidate.names
+        )
+    if isinstance(pattern, re.Pattern):
+        return any(pattern.fullmatch(name) for name in candidate.names)
+    if isinstance(pattern, type_):
+        return isinstance(candidate.module, pattern)
+    return any(bool(pattern(name, candidate.module)) for name in candidate.names)
+
+
+def choose(
+    candidates: Sequence[Candidate], targets: Patterns | None, exclude: Patterns
+) -> tuple[list[Candidate], dict[str, str]]:
+    """The layers to adapt, and why each other adaptable layer was left out.
+
+    Raises:
+        TargetError: If a pattern matches nothing, or nothing is left.
+        UnsupportedLayerError: If a pattern asks for a layer that can't be adapted.
+    """
+    adaptable = [c for c in candidates if c.adaptable]
+    if targets is None:
+        projections = attention_projections(candidates)
+        chosen = {c.name for c in adaptable if c.name in projections and not c.problem}
+        reason = "no attention projection"
+        if not chosen:
+            raise _no_attention(candidates, adaptable)
+        asked: set[str] = set()
+    else:
+        patterns = as_patterns("targets", targets)
+        if not patterns:
+            raise ConfigError(
+                "`targets` must hold a pattern, but is empty."
+                " Leave it out (None) to adapt the attention projections."
+            )
+        asked = _targeted(patterns, candidates, adaptable)
+        chosen, reason = asked, "not matched by `targets`"
+    excluded = _excluded(exclude, [c for c in adaptable if c.name in chosen])
+    chosen = chosen - excluded.keys()
+    hazards = [c for c in adaptable if c.name in chosen and c.problem]
+    if hazards:
+        raise UnsupportedLayerError(
+            f"Every layer that `targets` names must be adaptable, but {hazards[0].name!r}"
+            f" ({type(hazards[0].module).__name__}) {hazards[0].problem}"
+            + (f" So are {len(hazards) - 1} more." if len(hazards) > 1 else "")
+        )
+    if not chosen:
+        raise TargetError(f"`exclude` must leave a layer, but takes away all {len(excluded)}.")
+    left_out = {
+        c.name: excluded.get(c.name) or c.problem or reason
+        for c in adaptable
+        if c.name not in chosen
+    }
+    return [c for c in adaptable if c.name in chosen], left_out
+
+
+def _targeted(
+    patterns: list[Pattern], candidates: Sequence[Candidate], adaptable: Sequence[Candidate]
+) -> set[str]:
+    asked: set[str] = set()
+    for pattern in patterns:
+        hits = [c for c in adaptable if matches(pattern, c)]
+        others = [] if hits else [c for c in candidates if not c.adaptable and matches(pattern, c)]
+        if others:
+            first = others[0]
+            inside = [c.name for c in adaptable if c.name.startswith(f"{first.name}.")]
+            raise UnsupportedLayerError(
+                f"`targets` must match a linear layer, but {_shown(pattern)} matches only"
+                f" {type(first.module).__name__} at {first.name!r}."
+                + (f" It holds {listed(inside)}: write '{first.name}.*'." if inside else "")
+            )
+        if not hits:
+            raise _no_match("targets", pattern, adaptable, "linear layers")
+        asked.update(c.name for c in hits)
+    return asked
+
+
+def _excluded(exclude: Patterns, chosen: Sequence[Candidate]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pattern in as_patterns("exclude", exclude):
+        hits = [c for c in chosen if matches(pattern, c)]
+        if not hits:
+            raise _no_match("exclude", pattern, chosen, "chosen layers")
+        for c in hits:
+            found.setdefault(c.name, f"excluded by {_shown(pattern)}")
+    return found
+
+
+def no_rule_match(pattern: Pattern, chosen: Sequence[Candidate]) -> TargetError:
+    """The error for a rule that no chosen layer falls under."""
+    return _no_match("rules", pattern, chosen, "chosen layers")
+
+
+def _no_match(what: str, pattern: Pattern, among: Sequence[Candidate], kind: str) -> TargetError:
+    hint = ""
+    if isinstance(pattern, str):
+        names = [name for c in among for name in c.names]
+        tails = [".".join(name.split(".")[-size:]) for name in names for size in (1, 2)]
+        close = difflib.get_close_matches(pattern, [*dict.fromkeys([*tails, *names])], n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    if not hint:
+        tails = sorted({c.name.rpartition(".")[2] for c in among})
+        hint = f" Their names end in {listed(tails)}." if any(tails) else ""
+    return TargetError(
+        f"`{what}` must match a layer, but {_shown(pattern)} matches none of"
+        f" {len(among)} {kind}.{hint}"
+    )
+
+
+def _no_attention(candidates: Sequence[Candidate], adaptable: Sequence[Candidate]) -> TargetError:
+    fused = [c.name for c in candidates if isinstance(c.module, nn.MultiheadAttention)]
+    why = (
+        f" {listed(fused)}: nn.MultiheadAttention reads its weights itself and has no layer to"
+        " adapt."
+        if fused
+        else ""
+    )
+    tails = sorted({c.name.rpartition(".")[2] for c in adaptable} - {""})
+    repair = f" Name layers with `targets=`: {listed(tails)}." if tails else ""
+    return TargetError(
+        "The model must have attention projections that `inject` knows by name and place, but"
+        f" none of its {len(adaptable)} linear layers is one.{why}{repair}"
+    )
+
+
+def _shown(pattern: Pattern) -> str:
+    if isinstance(pattern, re.Pattern):
+        return f"the regex {pattern.pattern!r}"
+    if isinstance(pattern, str):
+        return repr(pattern)
+    return getattr(pattern, "__name__", repr(pattern))

@@ -1,0 +1,274 @@
+"""Adding the active updates to the weights, and handing the originals back bit for bit."""
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from lora_core import functional
+from lora_core._adapters import layers_with, swap
+from lora_core._errors import MergeError, listed
+from lora_core._layers import LoRAMixin, Merged
+from lora_core._reports import MergeReport
+
+_SAMPLED_ROWS = 64
+
+
+def merge(
+    model: nn.Module,
+    *,
+    reversible: bool = True,
+    keep: torch.device | str | None = None,
+    untie: bool = False,
+) -> MergeReport:
+    """Adds the active adapters, at their strengths, to the weights, in place.
+
+    Reversible: all new weights are computed and checked, then swapped in together; an interrupt
+    leaves the whole model before or after. Otherwise: in place, one layer at a time, without a
+    copy; each layer is merged or not, never twice, and `unmerge` refuses.
+
+    The sum is made in float32 and rounded once to the weight's dtype; the receipt says how much
+    of each update that rounding lost.
+
+    Args:
+        model: A model with active adapters.
+        reversible: Whether to keep the original values.
+        keep: Where to keep them, as in "cpu"; None means where they are.
+        untie: Whether a weight that another module shares may be given a copy of its own here.
+
+    Raises:
+        AdapterError: If the model has no adapter.
+        MergeError: If it is merged already, nothing is active, a weight is tied elsewhere, or a
+            merged weight would not be finite. Nothing is changed then.
+
+    Example:
+        >>> from lora_core import LoRALinear
+        >>> layer = LoRALinear(nn.Linear(3, 5), rank=2)
+        >>> print(merge(layer))
+        merged default x 1 into 1 layers, originals kept; rounding lost at most 0.00% of an update
+        >>> print(unmerge(layer))
+        unmerged default from 1 layers
+    """
+    layers = _to_merge(model)
+    tied = _tied(model, layers)
+    if tied and not (untie and reversible):
+        names = [f"{name} (also {other})" for name, other in tied.items()]
+        raise MergeError(
+            f"A weight must belong to one module to be merged, but {listed(names)} is shared and"
+            " would change there too. Pass untie=True (reversible merges only), or leave it out."
+        )
+    _check_factors(layers)
+    strengths = {
+        name: strength
+        for layer in layers.values()
+        for name, strength in zip(*layer.lora_selection[:2], strict=True)
+    }
+    how = _merge_reversibly if reversible else _merge_in_place
+    # weights made in inference mode could not be trained on after an unmerge
+    with torch.no_grad(), torch.inference_mode(mode=False):
+        loss = how(layers, set(tied), torch.device(keep) if keep is not None else None)
+    return MergeReport(strengths, tuple(layers), reversible, loss)
+
+
+def unmerge(model: nn.Module) -> MergeReport:
+    """Hands the original weights back, bit for bit, in place.
+
+    Raises:
+        AdapterError: If the model has no adapter.
+        MergeError: If nothing is merged, a layer was merged with ``reversible=False``, or the
+            call stands inside ``with disabled(model)``. Nothing is changed then.
+    """
+    layers = {n: m for n, m in layers_with(model, None).items() if m.lora_merged is not None}
+    if not layers:
+        raise MergeError("The model must be merged to be unmerged, but no layer is.")
+    states = {n: m.lora_merged for n, m in layers.items() if m.lora_merged is not None}
+    gone = [n for n, state in states.items() if state.kept is None]
+    if gone:
+        raise MergeError(
+            f"`unmerge` must have the original weights, but {listed(gone)} was merged with"
+            " reversible=False. Load the base model again."
+        )
+    hidden = [n for n, state in states.items() if state.merged is not None]
+    if hidden:
+        raise MergeError(
+            f"`unmerge` must stand outside `with disabled(model)`, but {listed(hidden)} is hidden"
+            " by one. Leave it first."
+        )
+    with ExitStack() as undo:
+        for name, layer in layers.items():
+            undo.callback(_put, layer, _own(layer), layer.weight.data, states[name])
+            _restore(layer, states[name])
+        undo.pop_all()
+    names = {name: 1.0 for state in states.values() for name in state.names}
+    return MergeReport(names, tuple(layers), reversible=True)
+
+
+def _to_merge(model: nn.Module) -> dict[str, LoRAMixin]:
+    everything = layers_with(model, None)
+    merged = [n for n, m in everything.items() if m.lora_merged is not None]
+    if merged:
+        raise MergeError(
+            f"A layer must be unmerged to be merged, but {listed(merged)} is merged already."
+            " Call `unmerge(model)` first."
+        )
+    layers = {n: m for n, m in everything.items() if m.lora_selection.names}
+    if not layers:
+        raise MergeError(
+            f"An adapter must be active to be merged, but none is on {len(everything)} layers."
+            " Choose one with `scales(model, <name>=1.0)`."
+        )
+    odd = [n for n, m in layers.items() if "weight" not in m._parameters]
+    if odd:
+        raise MergeError(
+            f"A weight must be a plain Parameter to be merged, but that of {listed(odd)} is"
+            " computed (parametrized or quantised). Remove the parametrization first."
+        )
+    return layers
+
+
+def _tied(model: nn.Module, layers: dict[str, LoRAMixin]) -> dict[str, str]:
+    """Layers whose weight shares memory with another module's parameter, with that one's name."""
+    holders: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+    for module_name, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                label = f"{module_name}.{name}".lstrip(".")
+                holders.setdefault(_storage(p), []).append((module, label, p))
+    found = {}
+    for name, layer in layers.items():
+        for module, label, p in holders.get(_storage(layer.weight), ()):
+            if module is not layer and (p is layer.weight or _overlap(p, layer.weight)):
+                found[name] = label
+    return found
+
+
+def _storage(p: Tensor) -> int:
+    # a tensor without memory is tied only to itself
+    return (0 if p.device.type == "meta" else p.untyped_storage().data_ptr()) or id(p)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the spans of two tensors in one storage meet."""
+    (a_first, a_last), (b_first, b_last) = (
+        (
+            t.data_ptr(),
+            t.data_ptr() + t.untyped_storage().nbytes() - t.storage_offset() * t.itemsize,
+        )
+        if not t.is_contiguous()
+        else (t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize)
+        for t in (a, b)
+    )
+    return a_first < b_last and b_first < a_last
+
+
+def _check_factors(layers: dict[str, LoRAMixin]) -> None:
+    """Refuses non-finite factors and strengths: cheap, and before any large product."""
+    bad = [
+        f"{name}.{adapter}"
+        for name, layer in layers.items()
+        for adapter in layer.lora_selection.names
+        if not all(bool(f.isfinite().all()) for f in layer.factors(adapter))
+    ]
+    if bad:
+        raise MergeError(
+            f"An adapter must be finite to be merged, but {listed(bad)} holds NaN or infinity."
+            " Nothing was changed; retrain it or load an earlier file."
+        )
+
+
+def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, float]:
+    delta = layer.delta()
+    new = functional.merged_weight(layer.weight, delta)
+    if not bool(new.isfinite().all()):
+        raise MergeError(
+            f"A merged weight must be finite, but that of {name!r} overflows {new.dtype} or its"
+            " base is not finite. Nothing was changed; use a smaller strength or a wider dtype."
+        )
+    return new, _lost(layer.weight, new, delta)
+
+
+def _lost(old: Tensor, new: Tensor, delta: Tensor) -> float:
+    rows = slice(None, None, -(-len(old) // _SAMPLED_ROWS))
+    asked = delta[rows].double()
+    arrived = new[rows].double() - old[rows].double()
+    norm = asked.norm()
+    return float((asked - arrived).norm() / norm) if norm > 0 else 0.0
+
+
+def _merge_reversibly(
+    layers: dict[str, LoRAMixin], tied: set[str], keep: torch.device | None
+) -> dict[str, float]:
+    new, loss = {}, {}
+    for name, layer in layers.items():
+        new[name], loss[name] = _new_weight(name, layer)
+    kept = {n: m.weight.data if keep is None else m.weight.data.to(keep) for n, m in layers.items()}
+    with ExitStack() as undo:
+        for name, layer in layers.items():
+            shared = _own(layer)
+            undo.callback(_put, layer, shared, shared.data, None)
+            if name in tied:
+                layer._parameters["weight"] = nn.Parameter(shared.data, shared.requires_grad)
+            swap(layer.weight, new[name])
+            names = layer.lora_selection.names
+            layer.lora_merged = Merged(names, kept[name], None, shared if name in tied else None)
+        undo.pop_all()
+    return loss
+
+
+def _merge_in_place(
+    layers: dict[str, LoRAMixin],
+    tied: set[str],  # noqa: ARG001  # refused before
+    keep: torch.device | None,  # noqa: ARG001  # nothing is kept
+) -> dict[str, float]:
+    for name, layer in layers.items():
+        _refuse_overflow(name, layer)
+    loss = {}
+    for name, layer in layers.items():
+        new, loss[name] = _new_weight(name, layer)
+        state = Merged(layer.lora_selection.names, None)
+        try:
+            layer.weight.copy_(new)
+            layer.lora_merged = state
+        except BaseException:  # finish this layer: copying is idempotent, adding would not be
+            layer.weight.copy_(new)
+            layer.lora_merged = state
+            raise
+    return loss
+
+
+def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
+    """Raises where a merged weight would not be finite, mostly without computing it.
+
+    By Cauchy-Schwarz no entry of the update exceeds the largest row norm of its B times the
+    largest column norm of its A.
+    """
+    selection = layer.lora_selection
+    stacked = functional.stack_factors(
+        [(*layer.factors(n), g) for n, g in zip(selection.names, selection.gains, strict=True)]
+    )
+    lora_A, lora_B, gain = (t.double() for t in stacked)
+    bound = lora_A.norm(dim=0).max() * (lora_B * gain).norm(dim=1).max()
+    largest = layer.weight.abs().max().double()
+    if not bool(largest + bound < torch.finfo(layer.weight.dtype).max / 2):
+        _new_weight(name, layer)
+
+
+def _own(layer: LoRAMixin) -> nn.Parameter:
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _put(layer: LoRAMixin, weight: nn.Parameter, values: Tensor, state: Merged | None) -> None:
+    layer._parameters["weight"] = weight
+    swap(weight, values)
+    layer.lora_merged = state
+
+
+def _restore(layer: LoRAMixin, state: Merged) -> None:
+    assert state.kept is not None
+    if state.parameter is not None:  # the shared Parameter was never written
+        layer._parameters["weight"] = state.parameter
+    else:
+        swap(layer.weight, state.kept)
+    layer.lora_merged = None

@@ -1,0 +1,290 @@
+"""The receipts that the verbs return; each prints as a table."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lora_core._config import AdapterConfig
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows under a header, each column as wide as its widest cell; numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [
+        bool(rows) and all(isinstance(row[i], int | float) for row in rows)
+        for i in range(len(header))
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One layer that an adapter goes on.
+
+    Attributes:
+        name: Dotted name of the layer; "" is the model itself.
+        kind: Class of the host layer.
+        in_features: Size of the layer's input.
+        out_features: Size of the layer's output.
+        config: The adapter's settings there.
+        aliases: Other dotted names of the same module object.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    config: AdapterConfig
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the update."""
+        return self.config.rank
+
+    @property
+    def alpha(self) -> float:
+        """Numerator of the scale."""
+        return self.config.alpha
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``."""
+        return self.config.scale
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in `lora_A` and `lora_B` together."""
+        return self.rank * (self.in_features + self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `lora_A` and `lora_B` together."""
+        return self.parameters * self.config.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `plan` would do, or what `inject` or `load` did.
+
+    Attributes:
+        adapter: The adapter's name.
+        layers: The adapted layers, in the order of the model.
+        left_out: Why each other layer of an adaptable kind was left out, by name.
+        trainable: Numbers that train afterwards, the adapter's included.
+        total: Numbers in the model afterwards, the adapter's included.
+        notes: What else the user should know, a sentence each.
+        metadata: The entries of the user's own in the file that was loaded.
+    """
+
+    adapter: str
+    layers: tuple[LayerReport, ...]
+    left_out: Mapping[str, str]
+    trainable: int
+    total: int
+    notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the adapter adds."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                f"{layer.name or '(the model)'}",
+                layer.kind,
+                f"{layer.in_features} -> {layer.out_features}",
+                layer.rank,
+                f"{layer.alpha:g}",
+                f"{layer.scale:g}",
+                layer.parameters,
+            )
+            for layer in self.layers
+        ]
+        header = ("layer", "kind", "shape", "rank", "alpha", "scale", "parameters")
+        share = self.trainable / max(self.total, 1)
+        lines = [
+            table(header, rows),
+            f"adapter {self.adapter!r}: {len(self.layers)} layers, {self.parameters:,} parameters;"
+            f" {self.trainable:,} of {self.total:,} train ({share:.2%})",
+        ]
+        for reason, count in Counter(self.left_out.values()).most_common():
+            lines.append(f"left out: {count} ({reason})")
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """One adapter as it stands on a model.
+
+    Attributes:
+        name: The adapter's name.
+        layers: Names of the layers it is on.
+        ranks: Its ranks, sorted, each once.
+        parameters: Numbers in its factors.
+        nbytes: Bytes of its factors.
+        strengths: Its strengths where it is active, each once; empty where it is nowhere active.
+        trainable: Whether any of its factors requires a gradient.
+        merged: Whether it is merged into the weights.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    ranks: tuple[int, ...]
+    parameters: int
+    nbytes: int
+    strengths: tuple[float, ...]
+    trainable: bool
+    merged: bool
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes part in a forward."""
+        return bool(self.strengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The adapters of a model and how they stand.
+
+    Attributes:
+        adapters: One entry per adapter, in order of arrival.
+        trainable: Numbers in the model that train.
+        total: Numbers in the model.
+    """
+
+    adapters: tuple[AdapterSummary, ...]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        def joined(values: Sequence[float]) -> str:
+            return ", ".join(f"{value:g}" for value in values) or "-"
+
+        rows = [
+            (
+                a.name,
+                len(a.layers),
+                joined(a.ranks),
+                a.parameters,
+                a.nbytes,
+                joined(a.strengths),
+                "yes" if a.trainable else "no",
+                "yes" if a.merged else "no",
+            )
+            for a in self.adapters
+        ]
+        header = (
+            "adapter",
+            "layers",
+            "rank",
+            "parameters",
+            "bytes",
+            "strength",
+            "trains",
+            "merged",
+        )
+        share = self.trainable / max(self.total, 1)
+        tail = f"{self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
+        return f"{table(header, rows)}\n{tail}" if rows else f"no adapters; {tail}"
+
+
+@dataclass(frozen=True, slots=True)
+class EjectReport:
+    """What `eject` took out.
+
+    Attributes:
+        adapters: Names of the adapters, in order of arrival.
+        layers: Names of the layers they were on.
+        parameters: Numbers that left the model.
+        restored: How many `requires_grad` flags were set back.
+    """
+
+    adapters: tuple[str, ...]
+    layers: tuple[str, ...]
+    parameters: int
+    restored: int
+
+    def __str__(self) -> str:
+        names = ", ".join(self.adapters)
+        return (
+            f"ejected {names}: {len(self.layers)} layers, {self.parameters:,} parameters;"
+            f" {self.restored} requires_grad flags restored"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What `save` wrote.
+
+    Attributes:
+        path: Where.
+        adapter: The adapter's name.
+        layers: Names of the layers it is on.
+        parameters: Numbers in its factors.
+        nbytes: Bytes of the file.
+    """
+
+    path: str
+    adapter: str
+    layers: tuple[str, ...]
+    parameters: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"saved {self.adapter} to {self.path}: {len(self.layers)} layers,"
+            f" {self.parameters:,} parameters, {self.nbytes:,} bytes"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What `merge` added to the weights, or what `unmerge` gave back.
+
+    Attributes:
+        adapters: Names of the adapters, with their strengths.
+        layers: Names of the layers.
+        reversible: Whether the originals are (or were) kept.
+        loss: By layer, the share of the update lost to rounding: the norm of what was asked
+            minus what arrived, over the norm of what was asked; 0 for an exact sum. Taken over at
+            most 64 evenly spaced rows of the weight.
+    """
+
+    adapters: Mapping[str, float]
+    layers: tuple[str, ...]
+    reversible: bool
+    loss: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def worst_loss(self) -> float:
+        """The largest entry of `loss`, 0 if there is none."""
+        return max(self.loss.values(), default=0.0)
+
+    def __str__(self) -> str:
+        names = ", ".join(f"{name} x {s:g}" for name, s in self.adapters.items())
+        if not self.loss:
+            return f"unmerged {names} from {len(self.layers)} layers"
+        way = "originals kept" if self.reversible else "no originals kept"
+        return (
+            f"merged {names} into {len(self.layers)} layers, {way};"
+            f" rounding lost at most {self.worst_loss:.2%} of an update"
+        )
+
+
+def count(parameters: Sequence[torch.nn.Parameter]) -> int:
+    """Numbers in these parameters."""
+    return sum(p.numel() for p in parameters)

@@ -1,0 +1,1 @@
+"""Fixtures and laws for other projects' tests."""
