@@ -394,4 +394,4 @@ def detach(module: LoRAMixin, name: str) -> None:
     module.lora_configs = {n: c for n, c in module.lora_configs.items() if n != name}
     if not module.lora_configs:
         del module.lora_configs, module.lora_selection, module.lora_merged
-        module.__class__ = module.host_class
+        module.__class__ = module.host_class  # type: ignore[assignment]

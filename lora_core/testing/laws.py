@@ -1,0 +1,234 @@
+"""What must hold of any model that carries an adapter, as one call."""
+
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_core._adapters as adapters
+from lora_core._files import load, save
+from lora_core._injection import eject, inject
+from lora_core._merging import merge, unmerge
+from lora_core._reports import Report
+
+_Calls = dict[str, list[tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]]]
+
+
+class LawError(AssertionError):
+    """A law does not hold; the message names the law and the layer."""
+
+
+def check_lora(model: nn.Module, *inputs: Any, **inject_options: Any) -> Report:
+    """Runs the laws of LoRA on a model of your own and leaves it as it was.
+
+    1. A fresh adapter changes nothing, bit for bit.
+    2. Only the adapter trains, and every adapted layer takes effect on these inputs.
+    3. Saving and loading into a bare copy is bit-exact.
+    4. Merging keeps the function of every layer.
+    5. Unmerging restores every bit.
+    6. Ejecting restores every object, class, attribute, flag and bit.
+
+    Args:
+        model: The model; run in evaluation mode, so it must be deterministic there.
+        inputs: What it is called with.
+        inject_options: What `inject` is called with.
+
+    Returns:
+        The report of the injection.
+
+    Raises:
+        LawError: If a law does not hold; an AssertionError that names the law and the layer.
+
+    Example:
+        >>> len(check_lora(nn.Sequential(nn.Linear(8, 8)), torch.ones(2, 8), targets="0").layers)
+        1
+    """
+    name = inject_options.get("name", "default")
+    with _evaluation(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        before, bare = _Picture(model), copy.deepcopy(model)
+        with torch.no_grad():
+            plain = _outputs(model(*inputs))
+        report = inject(model, **inject_options)
+        try:
+            names = {layer.name for layer in report.layers}
+            _check_fresh(model, bare, inputs, plain, names)
+            train_pretend(model, name)
+            _check_training(model, inputs, name, names, freeze=inject_options.get("freeze", True))
+            calls = _record(model, inputs, names)
+            _check_file(model, bare, inputs, name)
+            _check_merge(model, calls, before)
+        finally:
+            if any(
+                layer.lora_merged is not None for layer in adapters.adapted_layers(model).values()
+            ):
+                unmerge(model)
+            eject(model, name)
+        before.compare(model)
+        with torch.no_grad():
+            again = _outputs(model(*inputs))
+        _demand(_same(plain, again), "eject restores every bit", "(the model's output)")
+    return report
+
+
+def train_pretend(model: nn.Module, name: str) -> None:
+    """Fills `lora_B` of an adapter with small noise, as if it had been trained."""
+    with torch.no_grad():
+        for layer in adapters.layers_with(model, name).values():
+            lora_A, lora_B = layer.factors(name)
+            lora_B.normal_(std=0.5 / max(lora_A.shape[0], 1) ** 0.5)
+
+
+def _check_fresh(
+    model: nn.Module,
+    bare: nn.Module,
+    inputs: tuple[Any, ...],
+    plain: list[Tensor],
+    names: set[str],
+) -> None:
+    law = "a fresh adapter changes nothing"
+    with torch.no_grad():
+        fresh = _outputs(model(*inputs))
+    if not _same(plain, fresh):
+        base, now = _record(bare, inputs, names), _record(model, inputs, names)
+        guilty = [n for n in base if not _same_calls(base[n], now.get(n, []))]
+        raise LawError(f"law broken: {law}; layer {(guilty or ['(the model)'])[0]!r}")
+
+
+def _check_training(
+    model: nn.Module, inputs: tuple[Any, ...], name: str, names: set[str], *, freeze: bool
+) -> None:
+    mine = {id(p) for p in adapters.parameters(model, name)}
+    if freeze:
+        strays = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+        _demand(not strays, "only the adapter trains", *strays)
+    with torch.enable_grad():
+        total = sum(out.double().square().sum() for out in _outputs(model(*inputs)))
+        _demand(isinstance(total, Tensor), "the model returns a floating tensor", "(the model)")
+        factors = {n: m.factors(name) for n, m in adapters.layers_with(model, name).items()}
+        flat = [f for pair in factors.values() for f in pair]
+        found = torch.autograd.grad(total, flat, allow_unused=True)  # type: ignore[arg-type]
+    for i, layer in enumerate(factors):
+        dead = [g is None or not bool(g.any()) for g in found[2 * i : 2 * i + 2]]
+        _demand(not all(dead), "every adapted layer takes effect on these inputs", layer)
+    _demand(names <= factors.keys(), "every reported layer is adapted", *(names - factors.keys()))
+
+
+def _check_file(model: nn.Module, bare: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+    law = "saving and loading is bit-exact"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "law.safetensors"
+        save(model, path, name)
+        load(bare, path)
+    theirs = adapters.layers_with(bare, name)
+    for layer, mine in adapters.layers_with(model, name).items():
+        pairs = zip(mine.factors(name), theirs[layer].factors(name), strict=True)
+        _demand(all(_equal(a, b) for a, b in pairs), law, layer)
+    with torch.no_grad():
+        same = _same(_outputs(model(*inputs)), _outputs(bare(*inputs)))
+    _demand(same, law, "(the model's output)")
+
+
+def _check_merge(model: nn.Module, calls: _Calls, before: "_Picture") -> None:
+    merge(model)
+    layers = adapters.adapted_layers(model)
+    for name, recorded in calls.items():
+        layer = layers[name]
+        eps = torch.finfo(layer.weight.dtype).eps
+        for args, kwargs, adapted in recorded:
+            with torch.no_grad():
+                merged = _outputs(layer(*args, **kwargs))
+            for a, b in zip(adapted, merged, strict=True):
+                error = (a.double() - b.double()).norm()
+                bound = 32 * eps * max(float(a.double().norm()), eps)
+                _demand(bool(error <= bound), "merging keeps the function", name)
+    unmerge(model)
+    for label, p in model.named_parameters():
+        if label in before.values:
+            _demand(_equal(p, before.values[label]), "unmerging restores every bit", label)
+
+
+class _Picture:
+    """What a model consists of, to be compared with later."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {
+            n: (m, type(m), sorted(vars(m)), list(m._parameters)) for n, m in model.named_modules()
+        }
+        self.tensors = {n: (p, p.requires_grad) for n, p in model.named_parameters()}
+        self.values = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def compare(self, model: nn.Module) -> None:
+        law = "eject restores every object"
+        now = _Picture(model)
+        for name, seen in self.modules.items():
+            _demand(now.modules.get(name) == seen, law, name)
+        for name, (p, flag) in self.tensors.items():
+            _demand(now.tensors[name][0] is p, law, name)
+            _demand(now.tensors[name][1] == flag, "eject restores every requires_grad", name)
+            _demand(_equal(p, self.values[name]), "eject restores every bit", name)
+        extra = sorted(now.tensors.keys() - self.tensors.keys())
+        _demand(not extra, law, *extra)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _record(model: nn.Module, inputs: tuple[Any, ...], names: set[str]) -> _Calls:
+    """Every call of the named layers during one forward of the model, with its outputs."""
+    calls: _Calls = {}
+    modules = {adapters.clean(n): m for n, m in model.named_modules() if adapters.clean(n) in names}
+
+    def hook(name: str) -> Any:
+        def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.setdefault(name, []).append((args, kwargs, _outputs(output)))
+
+        return note
+
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in modules.items()]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    """The floating tensors in whatever a model returns."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for item in value for t in _outputs(item)] if isinstance(value, list | tuple) else []
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _same_calls(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(_same(x[2], y[2]) for x, y in zip(a, b, strict=True))
+
+
+def _demand(holds: bool, law: str, *where: str) -> None:
+    if not holds:
+        raise LawError(f"law broken: {law}; layer {', '.join(map(repr, where))}")

@@ -1,0 +1,447 @@
+"""Merging keeps the function; un-merging gives every bit back."""
+
+import copy
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lora_core
+from lora_core import LoRALinear, MergeError
+from lora_core.testing.laws import train_pretend
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def net(dtype: torch.dtype = torch.float32, layers: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(6, 6, dtype=dtype) for _ in range(layers)]).eval()
+
+
+def adapted(dtype: torch.dtype = torch.float32, layers: int = 3) -> nn.Sequential:
+    model = net(dtype, layers)
+    lora_core.inject(model, rank=2, targets=nn.Linear)
+    train_pretend(model, "default")
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def assert_bits(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
+    st.floats(-8, 8, allow_nan=False),
+    st.integers(0, 2**16),
+)
+def test_merging_keeps_the_function_and_unmerging_every_bit(
+    dtype: torch.dtype, inside: int, outside: int, bias: bool, alpha: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    linear = nn.Linear(inside, outside, bias=bias, dtype=dtype)
+    layer = LoRALinear(linear, rank=1, alpha=alpha).eval()
+    train_pretend(layer, "default")
+    before, x = weights(layer), torch.randn(5, inside, dtype=dtype)
+    expected = layer(x)
+    lora_core.merge(layer)
+    eps = torch.finfo(dtype).eps
+    scale = 1 + abs(alpha) * float(x.double().norm())
+    torch.testing.assert_close(layer(x), expected, rtol=32 * eps, atol=32 * eps * scale)
+    lora_core.unmerge(layer)
+    assert_bits(layer, before)
+    assert torch.equal(layer(x), expected)
+
+
+def test_float64_merged_equals_unmerged_to_twelve_digits() -> None:
+    model, x = adapted(torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    lora_core.scales(model, default=0.7)
+    expected = model(x)
+    lora_core.merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_merged_weight_is_rounded_once() -> None:
+    layer = LoRALinear(nn.Linear(64, 64, dtype=torch.bfloat16), rank=8)
+    train_pretend(layer, "default")
+    lora_A, lora_B = (f.double() for f in layer.factors("default"))
+    exact = (layer.weight.double() + lora_B @ lora_A).to(torch.bfloat16)
+    lora_core.merge(layer)
+    wrong = (layer.weight != exact).double().mean()
+    assert wrong <= 0.001
+
+
+def test_a_thousand_cycles_change_no_bit() -> None:
+    model = adapted(torch.bfloat16, layers=1)
+    before = weights(model)
+    for cycle in range(1000):
+        with torch.no_grad():
+            model[0].lora_B_default.add_(cycle / 1000)
+        before["0.lora_B_default"] = model[0].lora_B_default.detach().clone()
+        lora_core.merge(model)
+        lora_core.unmerge(model)
+    assert_bits(model, before)
+
+
+def test_unmerging_gives_the_very_parameter_and_memory_back() -> None:
+    model = adapted()
+    before = [(m.weight, m.weight.data_ptr()) for m in model]
+    lora_core.merge(model)
+    assert [m.weight is w for m, (w, _) in zip(model, before, strict=True)] == [True] * 3
+    lora_core.unmerge(model)
+    assert [(m.weight, m.weight.data_ptr()) for m in model] == before
+
+
+def test_keep_moves_the_originals_and_still_restores_them() -> None:
+    model = adapted()
+    before = weights(model)
+    lora_core.merge(model, keep="cpu")
+    lora_core.unmerge(model)
+    assert_bits(model, before)
+
+
+def test_only_active_adapters_are_merged_at_their_strengths() -> None:
+    model, x = adapted(torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    lora_core.inject(model, rank=1, targets=nn.Linear, name="other")
+    train_pretend(model, "other")
+    lora_core.scales(model, other=-0.5)
+    expected = model(x)
+    report = lora_core.merge(model)
+    assert report.adapters == {"other": -0.5}
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_the_receipt_says_what_rounding_lost() -> None:
+    small, exact = adapted(torch.bfloat16), adapted(torch.float64)
+    for layer in small:
+        with torch.no_grad():
+            layer.lora_B_default.mul_(1e-4)
+    lossy = lora_core.merge(small)
+    assert lossy.worst_loss > 0.2
+    assert lora_core.merge(exact).worst_loss < 1e-12
+    assert "originals kept; rounding lost at most" in str(lossy)
+
+
+def test_merging_twice_is_refused_and_applies_nothing() -> None:
+    model = adapted()
+    lora_core.merge(model)
+    merged = weights(model)
+    with pytest.raises(MergeError, match=re.escape("A layer must be unmerged to be merged, but")):
+        lora_core.merge(model)
+    assert_bits(model, merged)
+
+
+def test_unmerging_what_is_not_merged_is_refused() -> None:
+    with pytest.raises(
+        MergeError, match="^The model must be merged to be unmerged, but no layer is"
+    ):
+        lora_core.unmerge(adapted())
+
+
+def test_nothing_active_is_refused() -> None:
+    model = adapted()
+    with (
+        lora_core.disabled(model),
+        pytest.raises(
+            MergeError, match="^An adapter must be active to be merged, but none is on 3"
+        ),
+    ):
+        lora_core.merge(model)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_non_finite_adapter_changes_nothing(reversible: bool) -> None:
+    model = adapted()
+    with torch.no_grad():
+        model[2].lora_A_default[0, 0] = float("nan")
+    before = {n: w for n, w in weights(model).items() if "lora" not in n}
+    with pytest.raises(
+        MergeError, match="^An adapter must be finite to be merged, but '2.default'"
+    ):
+        lora_core.merge(model, reversible=reversible)
+    assert all(torch.equal(model.get_parameter(n), w) for n, w in before.items())
+    assert all(layer.lora_merged is None for layer in model)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_an_overflow_in_the_last_layer_changes_no_layer(reversible: bool) -> None:
+    model = adapted(torch.float16)
+    with torch.no_grad():
+        model[2].lora_B_default.fill_(3e4)
+        model[2].lora_A_default.fill_(30.0)
+    before = weights(model)
+    with pytest.raises(
+        MergeError, match="^A merged weight must be finite, but that of '2' overflows"
+    ):
+        lora_core.merge(model, reversible=reversible)
+    assert_bits(model, before)
+
+
+def test_without_copies_the_update_stays_and_unmerge_refuses() -> None:
+    model, x = adapted(torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    expected, pointers = model(x), [m.weight.data_ptr() for m in model]
+    lora_core.merge(model, reversible=False)
+    assert [m.weight.data_ptr() for m in model] == pointers
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(MergeError, match="^`unmerge` must have the original weights, but"):
+        lora_core.unmerge(model)
+    with pytest.raises(MergeError, match="^`disabled` must have the original weights, but"):
+        lora_core.disabled(model).__enter__()
+    lora_core.eject(model)
+    assert all(type(m) is nn.Linear for m in model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_disabled_shows_the_base_of_a_merged_model_and_merges_back() -> None:
+    model, x = adapted(), torch.randn(4, 6)
+    base = net()(x)
+    lora_core.merge(model)
+    merged, bits = model(x), weights(model)
+    with pytest.raises(RuntimeError, match="midway"), lora_core.disabled(model):
+        assert torch.equal(model(x), base)
+        with lora_core.disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), base)
+        with pytest.raises(MergeError, match="^`unmerge` must stand outside"):
+            lora_core.unmerge(model)
+        raise RuntimeError("midway")
+    assert torch.equal(model(x), merged)
+    assert_bits(model, bits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: lora_core.scales(m, default=0.5),
+        lora_core.eject,
+        lambda m: lora_core.inject(m, rank=1, targets=nn.Linear, name="b"),
+    ],
+)
+def test_a_merged_model_refuses_other_changes(change: Callable[[nn.Module], object]) -> None:
+    model = adapted()
+    lora_core.merge(model)
+    bits = weights(model)
+    with pytest.raises(MergeError, match=r"Call `unmerge\(model\)` first"):
+        change(model)
+    assert_bits(model, bits)
+
+
+def test_training_while_merged_is_refused_at_the_forward() -> None:
+    model = adapted().train()
+    lora_core.merge(model)
+    with pytest.raises(
+        MergeError, match="^A layer in training mode must be unmerged, but 'default'"
+    ):
+        model(torch.randn(2, 6))
+    with torch.no_grad():
+        model(torch.randn(2, 6))
+    model.eval()(torch.randn(2, 6))
+
+
+def test_a_merge_between_forward_and_backward_raises() -> None:
+    model = adapted()
+    loss = model(torch.randn(2, 6)).sum()
+    lora_core.merge(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_tied_weight_is_refused_unless_untied() -> None:
+    model = adapted(layers=2)
+    head = nn.Linear(6, 6)
+    head.weight = model[0].weight
+    whole = nn.ModuleDict({"body": model, "head": head})
+    shared, bits = head.weight, head.weight.detach().clone()
+    with pytest.raises(MergeError, match=re.escape("but 'body.0 (also head.weight)' is shared")):
+        lora_core.merge(whole)
+    x = torch.randn(3, 6)
+    expected = model(x)
+    lora_core.merge(whole, untie=True)
+    assert head.weight is shared
+    assert torch.equal(head.weight, bits)
+    torch.testing.assert_close(model(x), expected)
+    lora_core.unmerge(whole)
+    assert model[0].weight is shared
+    assert torch.equal(model(x), expected)
+
+
+def test_weights_that_share_memory_under_two_parameters_count_as_tied() -> None:
+    model = adapted(layers=1)
+    head = nn.Linear(6, 6)
+    head.weight = nn.Parameter(model[0].weight.data)
+    whole = nn.ModuleDict({"body": model, "head": head})
+    with pytest.raises(MergeError, match="^A weight must belong to one module to be merged"):
+        lora_core.merge(whole, reversible=False)
+
+
+def test_a_merged_state_dict_says_so_and_cannot_be_applied_twice() -> None:
+    model, fresh = adapted(), adapted()
+    lora_core.merge(model)
+    state = model.state_dict()
+    assert "0.lora_merged" in state
+    with pytest.raises(
+        MergeError, match="^A state dict must be saved and loaded unmerged, but the s"
+    ):
+        fresh.load_state_dict(state)
+    with pytest.raises(
+        MergeError, match="^A state dict must be saved and loaded unmerged, but the m"
+    ):
+        model.load_state_dict(fresh.state_dict())
+
+
+def test_a_copy_of_a_merged_model_unmerges_on_its_own() -> None:
+    model = adapted()
+    before = weights(model)
+    lora_core.merge(model)
+    twin = copy.deepcopy(model)
+    lora_core.unmerge(twin)
+    assert_bits(twin, before)
+    assert model[0].lora_merged is not None
+
+
+def test_moving_a_merged_model_to_another_dtype_unmerges_to_that_dtype() -> None:
+    model = adapted()
+    before = weights(model)
+    lora_core.merge(model)
+    model.to(torch.bfloat16)
+    lora_core.unmerge(model)
+    assert torch.equal(model[0].weight, before["0.weight"].to(torch.bfloat16))
+
+
+def test_merging_in_inference_mode_leaves_a_model_that_trains() -> None:
+    model = adapted()
+    with torch.inference_mode():
+        lora_core.merge(model)
+        lora_core.unmerge(model)
+        lora_core.merge(model)
+    lora_core.unmerge(model)
+    model.train()(torch.randn(2, 6)).sum().backward()
+    assert model[0].lora_B_default.grad is not None
+
+
+class Stop(BaseException):
+    """Raised where a signal could arrive."""
+
+
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Runs `call` and raises at the `at`-th line of the library it passes; says whether it did."""
+    seen = 0
+
+    def trace(frame: object, event: str, arg: object) -> object:
+        nonlocal seen
+        if "lora_core" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == at:
+                raise Stop
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Stop:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("verb", ["merge", "unmerge"])
+def test_an_interrupt_at_any_line_leaves_the_whole_model_before_or_after(verb: str) -> None:
+    at, hit, rolled_back = 0, True, 0
+    while hit:
+        at += 1
+        model = adapted(layers=2)
+        plain = weights(model)
+        lora_core.merge(model)
+        merged = weights(model)
+        if verb == "merge":
+            lora_core.unmerge(model)
+        hit = interrupted(lambda m=model: getattr(lora_core, verb)(m), at)
+        states = {layer.lora_merged is not None for layer in model}
+        assert len(states) == 1, f"half merged at line {at}"
+        (is_merged,) = states
+        assert_bits(model, merged if is_merged else plain)
+        rolled_back += hit and is_merged == (verb == "unmerge")
+        if is_merged:
+            lora_core.unmerge(model)
+        assert_bits(model, plain)
+    assert rolled_back > 20
+
+
+def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice() -> None:
+    at, hit = 0, True
+    while hit:
+        at += 1
+        model = adapted(layers=2)
+        plain = weights(model)
+        lora_core.merge(model)
+        merged = weights(model)
+        lora_core.unmerge(model)
+        hit = interrupted(lambda m=model: lora_core.merge(m, reversible=False), at)
+        for i, layer in enumerate(model):
+            expected = merged if layer.lora_merged is not None else plain
+            assert torch.equal(layer.weight, expected[f"{i}.weight"]), f"line {at}"
+
+
+def test_real_signals_never_leave_a_model_half_merged() -> None:
+    model = adapted(layers=12)
+    plain = weights(model)
+
+    def raise_stop(signum: int, frame: object) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, raise_stop)
+    stopped = 0
+    try:
+        for i in range(60):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 * (i % 30 + 1))
+                lora_core.merge(model)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Stop:
+                stopped += 1
+            assert len({layer.lora_merged is not None for layer in model}) == 1
+            if model[0].lora_merged is not None:
+                lora_core.unmerge(model)
+            assert_bits(model, plain)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert stopped > 0
+
+
+def test_concurrent_forwards_of_one_model_agree() -> None:
+    model, x = adapted(), torch.randn(4, 6)
+    expected, wrong = model(x), []
+
+    def work() -> None:
+        for _ in range(50):
+            if not torch.equal(model(x), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
