@@ -11,6 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from lora_core.models import CrossAttention, UNet
 
+
 def _seeded_unet() -> "UNet":
     import torch
 
@@ -18,7 +19,7 @@ def _seeded_unet() -> "UNet":
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return UNet(channels=(8, 16), context_dim=8, heads=2)
+        return UNet(channels=(8, 16), attention=(True, True), context_dim=8, heads=2, dim_head=8)
 
 
 @pytest.fixture

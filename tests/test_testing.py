@@ -1,0 +1,200 @@
+"""The fixtures and laws that other projects use, tried in a project of its own."""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_core
+from lora_core import models
+from lora_core.testing import LawError, check_lora
+
+
+def unet_inputs(unet: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return (
+        torch.randn(2, unet.in_channels, 16, 16),
+        torch.tensor([3, 700]),
+        torch.randn(2, 3, unet.context_dim),
+    )
+
+
+def test_the_laws_hold_for_the_reference_models(
+    tiny_unet: models.UNet, tiny_cross_attention: models.CrossAttention
+) -> None:
+    assert len(check_lora(tiny_unet, *unet_inputs(tiny_unet), rank=2).layers) >= 8
+    x, context = torch.randn(2, 5, 16), torch.randn(2, 3, 8)
+    report = check_lora(tiny_cross_attention, x, context, rank=3, alpha=6)
+    assert [layer.name for layer in report.layers] == ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_laws_hold_in_every_dtype(
+    tiny_cross_attention: models.CrossAttention, dtype: torch.dtype
+) -> None:
+    block = tiny_cross_attention.to(dtype)
+    check_lora(block, torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 3, 8, dtype=dtype))
+
+
+@pytest.mark.slow
+def test_the_laws_hold_for_the_pretrained_model(pretrained_unet: models.UNet) -> None:
+    context = models.pretrained_encoder()(torch.tensor([4, 7])).detach()
+    check_lora(pretrained_unet, torch.randn(2, 1, 28, 28), torch.tensor([10, 20]), context)
+
+
+def test_the_laws_hold_beside_another_adapter(lora_unet: models.UNet) -> None:
+    before = lora_core.summary(lora_unet)
+    check_lora(lora_unet, *unet_inputs(lora_unet), rank=1, name="second")
+    assert lora_core.summary(lora_unet) == before
+
+
+def test_the_model_is_left_as_it_was_even_where_a_law_breaks() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).train()
+    model[1].weight.requires_grad_(False)
+    before = [(p, p.requires_grad, p.detach().clone()) for p in model.parameters()]
+
+    with pytest.raises(LawError, match="every adapted layer takes effect"):
+        check_lora(Blind(model), torch.ones(2, 4), targets="1", rank=1)
+    assert all(m.training for m in model.modules())
+    assert [type(m) for m in model] == [nn.Linear] * 2
+    for p, (q, flag, bits) in zip(model.parameters(), before, strict=True):
+        assert p is q
+        assert p.requires_grad == flag
+        assert torch.equal(p, bits)
+
+
+class Blind(nn.Module):
+    """Reads the weight of its second layer instead of calling it."""
+
+    def __init__(self, inner: nn.Sequential) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.inner[0](x), self.inner[1].weight)
+
+
+def test_a_layer_without_effect_is_named() -> None:
+    model = Blind(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    said = "^law broken: every adapted layer takes effect on these inputs; layer 'inner.1'$"
+    with pytest.raises(LawError, match=said):
+        check_lora(model, torch.ones(2, 4), targets=["0", "1"], rank=1)
+
+
+def broken_merge(layer: lora_core.LoRALinear) -> Tensor:
+    return 2 * original_delta(layer)
+
+
+original_delta = lora_core.LoRALinear.delta
+
+
+@pytest.mark.parametrize(
+    ("attribute", "broken", "said"),
+    [
+        ("delta", broken_merge, "^law broken: merging keeps the function; layer '0'$"),
+        (
+            "forward",
+            lambda self, x: nn.functional.linear(x, self.weight, self.bias) + 1e-6,
+            "^law broken: a fresh adapter changes nothing; layer '0'$",
+        ),
+    ],
+)
+def test_a_broken_library_is_caught(
+    monkeypatch: pytest.MonkeyPatch, attribute: str, broken: Callable[..., Tensor], said: str
+) -> None:
+    monkeypatch.setattr(lora_core.LoRALinear, attribute, broken)
+    with pytest.raises(LawError, match=said):
+        check_lora(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4), targets="0", rank=2)
+
+
+def test_a_scratch_project_uses_the_fixtures_and_laws(tmp_path: Path) -> None:
+    (tmp_path / "test_scratch.py").write_text(
+        textwrap.dedent(
+            """
+            import pytest, torch
+            import lora_core
+            from lora_core.testing import check_lora
+
+            def test_fixtures(tiny_cross_attention, tiny_unet, lora_unet, adapter_file):
+                bare = tiny_unet
+                lora_core.load(bare, adapter_file)
+                z, t = torch.randn(1, bare.in_channels, 16, 16), torch.tensor([5])
+                context = torch.randn(1, 2, bare.context_dim)
+                assert torch.equal(bare(z, t, context), lora_unet(z, t, context))
+                assert tiny_cross_attention(torch.randn(1, 3, 16), torch.randn(1, 2, 8)).any()
+
+            def test_pretrained(pretrained_unet):
+                assert not pretrained_unet.training
+
+            def test_law():
+                check_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.ones(2, 4),
+                           targets="0", rank=2)
+
+            def test_law_fails():
+                class Dead(torch.nn.Sequential):
+                    def forward(self, x):
+                        return x + 0 * self[0](x)
+                with pytest.raises(AssertionError, match="takes effect .* layer '0'"):
+                    check_lora(Dead(torch.nn.Linear(4, 4)), torch.ones(2, 4), targets="0")
+            """
+        )
+    )
+    run = _pytest(tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "4 passed" in run.stdout
+
+
+def test_a_project_without_the_fixtures_does_not_pay_for_torch(tmp_path: Path) -> None:
+    (tmp_path / "test_plain.py").write_text(
+        textwrap.dedent(
+            """
+            import sys
+
+            def test_nothing_heavy():
+                assert "lora_core.testing.plugin" in sys.modules
+                heavy = {"torch", "numpy", "einops", "safetensors", "matplotlib", "rich"}
+                assert not heavy & sys.modules.keys()
+            """
+        )
+    )
+    run = _pytest(tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def _pytest(folder: Path) -> "subprocess.CompletedProcess[str]":
+    # other plugins of this environment may import numpy: only ours is loaded
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    only = ["-p", "lora_core.testing.plugin", "--rootdir", str(folder)]
+    return subprocess.run(
+        [*command, *only],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": ""},
+        check=False,
+    )
+
+
+def test_the_plugin_is_an_entry_point() -> None:
+    from importlib.metadata import entry_points
+
+    found = [e for e in entry_points(group="pytest11") if e.name == "lora_core"]
+    assert [e.value for e in found] == ["lora_core.testing.plugin"]
+
+
+def test_the_table_of_dialects_in_the_docs_is_the_one_in_the_code() -> None:
+    from lora_core._injection import DIALECTS
+
+    page = (Path(__file__).parents[1] / "docs" / "dialects.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|")][2:]
+    for row, dialect in zip(rows, DIALECTS, strict=True):
+        title, inputs, outputs, needs = (cell.strip() for cell in row.strip("|").split("|"))
+        assert title == dialect.title
+        assert inputs == ", ".join(f"`{name}`" for name in dialect.inputs)
+        assert outputs == ", ".join(f"`{name}`" for name in dialect.outputs)
+        assert needs == ("whole" if dialect.whole else "place" if dialect.place else "")
