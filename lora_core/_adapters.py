@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ def clean(name: str) -> str:
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRAMixin]:
     """The layers of `model` that carry adapters, each once, by their first dotted name."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` must be an nn.Module, but is {type(model).__name__}.")
     return {clean(n): m for n, m in model.named_modules() if isinstance(m, LoRAMixin)}
 
 
@@ -85,11 +88,7 @@ def summary(model: nn.Module) -> Summary:
     for name in adapter_names(layers):
         mine = {n: m for n, m in layers.items() if name in m.lora_configs}
         factors = [factor for m in mine.values() for factor in m.factors(name)]
-        strengths = (
-            m.lora_selection.strengths[m.lora_selection.names.index(name)]
-            for m in mine.values()
-            if name in m.lora_selection.names
-        )
+        strengths = (_strengths(m)[name] for m in mine.values() if name in _strengths(m))
         adapters.append(
             AdapterSummary(
                 name=name,
@@ -99,7 +98,9 @@ def summary(model: nn.Module) -> Summary:
                 nbytes=sum(p.numel() * p.element_size() for p in factors),
                 strengths=tuple(dict.fromkeys(strengths)),
                 trainable=any(p.requires_grad for p in factors),
-                merged=any(m.lora_merged and name in m.lora_merged.names for m in mine.values()),
+                merged=any(
+                    m.lora_merged and name in m.lora_merged.strengths for m in mine.values()
+                ),
             )
         )
     everything = list(model.parameters())
@@ -108,6 +109,13 @@ def summary(model: nn.Module) -> Summary:
         trainable=count([p for p in everything if p.requires_grad]),
         total=count(everything),
     )
+
+
+def _strengths(layer: LoRAMixin) -> dict[str, float]:
+    """The strengths that a layer's output shows: those merged in, or those selected."""
+    if layer.lora_merged is not None:
+        return layer.lora_merged.strengths
+    return dict(zip(*layer.lora_selection[:2], strict=True))
 
 
 class Scales(AbstractContextManager["Scales"]):
@@ -119,11 +127,20 @@ class Scales(AbstractContextManager["Scales"]):
 
     def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, float]) -> None:
         self.strengths = dict(strengths)
-        self._before = [(layer, layer.lora_selection) for layer in layers.values()]
+        self._before = _remember(layers)
+        self._over = False
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}={value:g}" for name, value in self.strengths.items())
         return f"scales({inner})"
+
+    def __enter__(self) -> Self:
+        if self._over:
+            raise ConfigError(
+                "A `scales` block must be entered once, but this one is over and its strengths are"
+                " gone. Call `scales(model, ...)` again."
+            )
+        return self
 
     def __exit__(
         self,
@@ -131,6 +148,11 @@ class Scales(AbstractContextManager["Scales"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.undo()
+        self._over = True
+
+    def undo(self) -> None:
+        """Puts back what was there before."""
         _put_back(self._before)
 
 
@@ -182,7 +204,7 @@ def scales(model: nn.Module, /, **strengths: float) -> Scales:
     receipt = Scales(layers, checked)
     chosen = [(layer, layer.select(checked)) for layer in layers.values()]
     with ExitStack() as undo:
-        undo.callback(_put_back, receipt._before)  # its own receipt
+        undo.callback(receipt.undo)
         for layer, selection in chosen:
             layer.lora_selection = selection
         undo.pop_all()
@@ -206,10 +228,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
             f"`disabled` must have the original weights, but {listed(gone)} was merged with"
             " reversible=False. Load the base model again."
         )
-    before = [(layer, layer.lora_selection) for layer in layers.values()]
+    before = _remember(layers)
     hidden: list[tuple[LoRAMixin, Tensor]] = []
     try:
-        for layer, _ in before:
+        for layer in layers.values():
             state = layer.lora_merged
             if state is None:
                 layer.lora_selection = _NONE
@@ -236,14 +258,28 @@ def swap(weight: Tensor, values: Tensor) -> None:
         torch.autograd.graph.increment_version(weight)
 
 
-def _put_back(before: list[tuple[LoRAMixin, Selection]]) -> None:
-    """Restores selections on the layers, and for the adapters, that are still there."""
-    for layer, selection in before:
+# a layer, its selection, and the adapters it had
+_Before = list[tuple[LoRAMixin, Selection, frozenset[str]]]
+
+
+def _remember(layers: Mapping[str, LoRAMixin]) -> _Before:
+    return [(m, m.lora_selection, frozenset(m.lora_configs)) for m in layers.values()]
+
+
+def _put_back(before: _Before) -> None:
+    """Restores selections on the layers, and for the adapters, that are still there.
+
+    Adapters that came in the meantime stay as active as they are.
+    """
+    for layer, selection, known in before:
         configs = vars(layer).get("lora_configs")
         if configs is None:
             continue
-        intact = all(name in configs for name in selection.names) and all(
-            gain.device == layer.weight.device for gain in selection.gains
+        now = dict(zip(*layer.lora_selection[:2], strict=True))
+        new = {name: s for name, s in now.items() if name not in known}
+        intact = not new and all(
+            name in configs and gain.device == layer.weight.device
+            for name, gain in zip(selection.names, selection.gains, strict=True)
         )
-        old = dict(zip(selection.names, selection.strengths, strict=True))
-        layer.lora_selection = selection if intact else layer.select(old)
+        old = dict(zip(*selection[:2], strict=True))
+        layer.lora_selection = selection if intact else layer.select({**old, **new})

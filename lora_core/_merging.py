@@ -47,7 +47,7 @@ def merge(
         >>> print(merge(layer))
         merged default x 1 into 1 layers, originals kept; rounding lost at most 0.00% of an update
         >>> print(unmerge(layer))
-        unmerged default from 1 layers
+        unmerged default x 1 from 1 layers
     """
     layers = _to_merge(model)
     tied = _tied(model, layers)
@@ -55,7 +55,14 @@ def merge(
         names = [f"{name} (also {other})" for name, other in tied.items()]
         raise MergeError(
             f"A weight must belong to one module to be merged, but {listed(names)} is shared and"
-            " would change there too. Pass untie=True (reversible merges only), or leave it out."
+            " would change there too. "
+            + ("Pass untie=True." if reversible else "Merge reversibly, with untie=True.")
+        )
+    hollow = [n for n, m in layers.items() if m.weight.is_meta]
+    if hollow:
+        raise MergeError(
+            f"A weight must have values to be merged, but {listed(hollow)} is on the meta device."
+            " Call `model.to_empty(device=...)` and load the base first."
         )
     _check_factors(layers)
     strengths = {
@@ -99,8 +106,8 @@ def unmerge(model: nn.Module) -> MergeReport:
             undo.callback(_put, layer, _own(layer), layer.weight.data, states[name])
             _restore(layer, states[name])
         undo.pop_all()
-    names = {name: 1.0 for state in states.values() for name in state.names}
-    return MergeReport(names, tuple(layers), reversible=True)
+    strengths = {name: s for state in states.values() for name, s in state.strengths.items()}
+    return MergeReport(strengths, tuple(layers), reversible=True)
 
 
 def _to_merge(model: nn.Module) -> dict[str, LoRAMixin]:
@@ -121,7 +128,7 @@ def _to_merge(model: nn.Module) -> dict[str, LoRAMixin]:
     if odd:
         raise MergeError(
             f"A weight must be a plain Parameter to be merged, but that of {listed(odd)} is"
-            " computed (parametrized or quantised). Remove the parametrization first."
+            " computed (parametrized or quantised). Eject, undo that, and inject again."
         )
     return layers
 
@@ -184,7 +191,36 @@ def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, float]:
             f"A merged weight must be finite, but that of {name!r} overflows {new.dtype} or its"
             " base is not finite. Nothing was changed; use a smaller strength or a wider dtype."
         )
+    if not _linear_in_weight(layer):
+        return _probed(name, layer, new, delta), _lost(layer.weight, new, delta)
     return new, _lost(layer.weight, new, delta)
+
+
+def _linear_in_weight(layer: LoRAMixin) -> bool:
+    return layer.transposed or layer.host_class.forward is nn.Linear.forward
+
+
+def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
+    """`new`, if the host's own forward makes of it what the update adds."""
+    weight = _own(layer)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(4, delta.shape[1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        before = layer.host_class.forward(layer, x)
+        layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+        after = layer.host_class.forward(layer, x)
+    finally:
+        layer._parameters["weight"] = weight
+    asked, got = x.double() @ delta.double().T, after.double() - before.double()
+    eps = torch.finfo(weight.dtype).eps
+    bound = 64 * eps * float(before.double().norm() + asked.norm())
+    if not bool((asked - got).norm() <= bound):
+        raise MergeError(
+            f"A host's output must follow its weight to be merged, but the forward of"
+            f" {layer.host_class.__name__} at {name!r} makes something else of it. Nothing was"
+            " changed; keep this layer unmerged."
+        )
+    return new
 
 
 def _lost(old: Tensor, new: Tensor, delta: Tensor) -> float:
@@ -209,8 +245,8 @@ def _merge_reversibly(
             if name in tied:
                 layer._parameters["weight"] = nn.Parameter(shared.data, shared.requires_grad)
             swap(layer.weight, new[name])
-            names = layer.lora_selection.names
-            layer.lora_merged = Merged(names, kept[name], None, shared if name in tied else None)
+            own = shared if name in tied else None
+            layer.lora_merged = Merged(_chosen(layer), kept[name], None, own)
         undo.pop_all()
     return loss
 
@@ -225,7 +261,7 @@ def _merge_in_place(
     loss = {}
     for name, layer in layers.items():
         new, loss[name] = _new_weight(name, layer)
-        state = Merged(layer.lora_selection.names, None)
+        state = Merged(_chosen(layer), None)
         try:
             layer.weight.copy_(new)
             layer.lora_merged = state
@@ -251,6 +287,10 @@ def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
     largest = layer.weight.abs().max().double()
     if not bool(largest + bound < torch.finfo(layer.weight.dtype).max / 2):
         _new_weight(name, layer)
+
+
+def _chosen(layer: LoRAMixin) -> dict[str, float]:
+    return dict(zip(*layer.lora_selection[:2], strict=True))
 
 
 def _own(layer: LoRAMixin) -> nn.Parameter:

@@ -47,9 +47,10 @@ def test_the_laws_hold_for_the_pretrained_model(pretrained_unet: models.UNet) ->
     check_lora(pretrained_unet, torch.randn(2, 1, 28, 28), torch.tensor([10, 20]), context)
 
 
-def test_the_laws_hold_beside_another_adapter(lora_unet: models.UNet) -> None:
+def test_a_model_with_adapters_is_refused_and_left_alone(lora_unet: models.UNet) -> None:
     before = lora_core.summary(lora_unet)
-    check_lora(lora_unet, *unet_inputs(lora_unet), rank=1, name="second")
+    with pytest.raises(lora_core.ConfigError, match="^`model` must be bare for the laws to be"):
+        check_lora(lora_unet, *unet_inputs(lora_unet), rank=1, name="second")
     assert lora_core.summary(lora_unet) == before
 
 

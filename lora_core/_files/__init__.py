@@ -23,8 +23,8 @@ from lora_core._files.fingerprint import differing, fingerprint
 from lora_core._files.native import AdapterFile, FileLayer
 from lora_core._injection import Candidate, Graft, graft, walk
 from lora_core._injection.planning import describe
-from lora_core._layers import sizes
-from lora_core._reports import Report, SaveReport
+from lora_core._layers import is_factor, sizes
+from lora_core._reports import Report, SaveReport, count
 
 __all__ = ["load", "save"]
 
@@ -78,6 +78,12 @@ def save(
             " reversible=False. Save before such a merge."
         )
     held = {n: m.factors(name) for n, m in layers.items()}
+    hollow = [n for n, factors in held.items() if any(f.is_meta for f in factors)]
+    if hollow:
+        raise ConfigError(
+            f"An adapter must have values to be saved, but that of {listed(hollow)} is on the meta"
+            " device. Call `model.to_empty(device=...)` and train it first."
+        )
     bad = [n for n, factors in held.items() if not all(bool(f.isfinite().all()) for f in factors)]
     if bad:
         raise ConfigError(
@@ -169,14 +175,15 @@ def load(
         (module, parameter)
         for module in model.modules()
         for parameter in module._parameters
-        if not parameter.startswith(("lora_A_", "lora_B_"))
+        if not is_factor(module, parameter)
     ]
     graft(name, grafts, host, strength)
-    return replace(report, metadata=file.metadata)
+    training = count([p for p in model.parameters() if p.requires_grad])
+    return replace(report, trainable=training, metadata=file.metadata)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    odd = [k for k, v in metadata.items() if not (isinstance(k, str) and isinstance(v, str))]
+    odd = [k for k, v in metadata.items() if not (_is_text(k) and _is_text(v))]
     if odd:
         raise ConfigError(
             f"`metadata` must map strings to strings, but {listed(odd)} does not."
@@ -189,6 +196,11 @@ def _check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
             f" {listed(reserved)}. Choose other keys."
         )
     return dict(metadata)
+
+
+def _is_text(value: object) -> bool:
+    # a lone surrogate is a str that no file can hold
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _read(path: str | os.PathLike[str]) -> AdapterFile:
@@ -233,6 +245,12 @@ def _resolve(
         raise MismatchError(
             f"Layers must have the sizes that {where!r} was made for, but {len(wrong)} of"
             f" {len(found)} differ: {listed(wrong)}. Load it into the model it was made for."
+        )
+    hollow = [n for n, c in found.items() if c.module.weight.is_meta]
+    if hollow:
+        raise MismatchError(
+            f"Every layer of {where!r} must be materialised in the model, but {listed(hollow)} is"
+            " on the meta device. Call `model.to_empty(device=...)`, load the base, then this."
         )
     hazards = [c for c in found.values() if c.problem]
     if hazards:

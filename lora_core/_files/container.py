@@ -1,12 +1,15 @@
 """The rim: safetensors bytes in and out, checked on the way in and atomic on the way out."""
 
 import errno
+import glob
 import json
 import os
+import platform
 import secrets
 import stat
 import struct
 import time
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +19,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lora_core._errors import CorruptFileError
+from lora_core._errors import ConfigError, CorruptFileError
 
 _MAX_HEADER = 8 * 2**20  # bytes
 _MAX_TENSORS = 65_536
@@ -65,6 +68,11 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     # safetensors itself writes metadata in random order
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER or len(tensors) > _MAX_TENSORS:
+        raise ConfigError(
+            f"A file's header must have at most {_MAX_HEADER:,} bytes and {_MAX_TENSORS:,}"
+            f" tensors, but has {len(text):,} and {len(tensors):,}. Shorten the metadata."
+        )
     return struct.pack("<Q", len(text)) + text + plain[8 + size :]
 
 
@@ -84,7 +92,8 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
         raise OSError(errno.EINVAL, f"a file is to be written, but {kind} is there", str(path))
     folder = target.parent
     _sweep(target)
-    temporary = folder / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    mine = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+    temporary = folder / f".{target.name[:200]}.{mine}.tmp"
     try:
         fd, unnamed = _open(folder, temporary)
         with os.fdopen(fd, "wb") as file:
@@ -143,10 +152,7 @@ def _refuse(path: Path, reason: str, data: bytes = b"") -> NoReturn:
     start = data[:64].lstrip()
     looks = next((what for magic, what in _LOOKS if start.startswith(magic)), "")
     hint = f" It looks like {looks}." if looks else " Fetch or save it again."
-    raise CorruptFileError(
-        f"{str(path)!r} must be a whole safetensors file, but {reason} ({len(data) or 'damaged'}"
-        f"{' bytes' if data else ''}).{hint}"
-    )
+    raise CorruptFileError(f"{str(path)!r} must be a whole safetensors file, but {reason}.{hint}")
 
 
 def _open(folder: Path, temporary: Path) -> tuple[int, bool]:
@@ -167,11 +173,32 @@ def _name(fd: int, path: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Removes temporary files of this target that killed processes left long ago."""
-    for old in target.parent.glob(f".{target.name}.*.tmp"):
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > _ABANDONED:
+    """Removes what killed processes left of this target.
+
+    With nameless files that takes a kill in the instant between naming and renaming. Another
+    machine's files are left alone for an hour: its processes can't be asked after.
+    """
+    for old in target.parent.glob(f".{glob.escape(target.name[:200])}.*.*.*.tmp"):
+        host, pid = old.name.split(".")[-4:-2]
+        with suppress(OSError, ValueError):
+            here = host == _host()
+            if not _alive(int(pid)) if here else time.time() - old.stat().st_mtime > _ABANDONED:
                 old.unlink()
+
+
+def _host() -> str:
+    """A short name for this machine, for names of temporary files."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync(folder: Path) -> None:

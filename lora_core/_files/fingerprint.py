@@ -42,7 +42,8 @@ def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | None]) -
     found = []
     for i, name in enumerate(sorted(layers)):
         module = layers[name]
-        if module is None:
+        # a weight that is no Parameter is computed (weight_norm, prune) and may be stale
+        if module is None or "weight" not in module._parameters:
             continue
         weight = original(module)
         mine = _eps(str(weight.dtype).removeprefix("torch."))
@@ -76,7 +77,10 @@ def samples(weight: Tensor) -> Sequence[float]:
 
 
 def _eps(dtype: str) -> float:
-    kind = getattr(torch, dtype)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise TypeError(f"{dtype!r} is no floating type")
-    return torch.finfo(kind).eps
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 1:
+        raise TypeError(f"{dtype!a} is no floating type")
+    try:
+        return torch.finfo(kind).eps
+    except (TypeError, NotImplementedError) as error:
+        raise TypeError(f"{dtype!a} has no precision") from error

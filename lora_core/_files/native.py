@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_core._config import check_alpha, check_dropout, check_name
 from lora_core._errors import ConfigError, CorruptFileError, listed
 
 _VERSION = 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RESERVED = ("format", "lora_core")
 
 
@@ -84,10 +86,10 @@ def decode(
         CorruptFileError: If the description and the tensors don't fit each other.
     """
     try:
-        if about["version"] != _VERSION:
+        if about["version"] != _VERSION or about["version"] is True:
             raise ValueError(
-                f"its format version is {about['version']!r}, this reader knows {_VERSION};"
-                " a newer lora_core wrote it"
+                f"its format version is {about['version']!a}, this reader knows {_VERSION}."
+                " Read it with the lora_core that wrote it."
             )
         name = check_name(about["adapter"])
         layers = {n: _layer(n, entry, tensors) for n, entry in about["layers"].items()}
@@ -119,10 +121,10 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise ValueError(f"{listed(missing)} is missing")
     lora_A, lora_B = (tensors[_key(name, factor)] for factor in ("lora_A", "lora_B"))
     for factor in (lora_A, lora_B):
-        if factor.ndim != 2 or not factor.is_floating_point() or not factor.numel():
+        if factor.ndim != 2 or factor.dtype not in DTYPES or not factor.numel():
             raise ValueError(
                 f"a factor of {listed([name])} is {factor.dtype} of shape {tuple(factor.shape)};"
-                " a floating matrix is needed"
+                " a floating matrix of 16 bits or more is needed"
             )
         if not bool(factor.isfinite().all()):
             raise ValueError(f"a factor of {listed([name])} holds NaN or infinity")

@@ -148,7 +148,14 @@ def _configure(
     settings: Mapping[str, Any],
     rules: Mapping[str, Mapping[str, Any]],
 ) -> list[AdapterConfig]:
+    if not isinstance(rules, Mapping):
+        raise ConfigError(f"`rules` must map patterns to settings, but is {rules!r}.")
     for pattern, overrides in rules.items():
+        if not isinstance(pattern, str) or not isinstance(overrides, Mapping):
+            raise ConfigError(
+                "`rules` must map patterns to settings, as in {'*mid*': {'rank': 16}}, but holds"
+                f" {pattern!r}: {overrides!r}."
+            )
         unknown = [key for key in overrides if key not in _SETTINGS]
         if unknown:
             raise ConfigError(

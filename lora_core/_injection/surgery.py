@@ -11,10 +11,10 @@ from torch import nn
 
 from lora_core._adapters import adapted_layers, layers_with
 from lora_core._config import AdapterConfig
-from lora_core._errors import MergeError, listed
+from lora_core._errors import MergeError, UnsupportedLayerError, listed
 from lora_core._injection.planning import draw_up
 from lora_core._injection.targets import Patterns
-from lora_core._layers import FROZEN, LoRAMixin, attach, detach, fresh_factors
+from lora_core._layers import FROZEN, LoRAMixin, adapted_class, attach, detach, fresh_factors
 from lora_core._reports import EjectReport, Report, count
 
 
@@ -74,11 +74,12 @@ def inject(
         name=name,
         freeze=freeze,
     )
-    seed = int(torch.randint(2**31, ()).item())
-    generator = torch.Generator()
+    seed = int(torch.randint(2**31, (), device="cpu").item())
+    generator = torch.Generator("cpu")
     grafts = []
     for layer, candidate in zip(report.layers, chosen, strict=True):
-        generator.manual_seed(seed ^ (zlib.crc32(layer.name.encode()) << 31))
+        # the generator takes 32 bits of a seed and drops the rest
+        generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
         factors = fresh_factors(candidate.module, layer.config, generator)
         grafts.append(Graft(candidate.module, layer.config, *factors))
     frozen = [(m, p) for m in model.modules() for p in m._parameters] if freeze else []
@@ -122,8 +123,17 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
         >>> type(block["to_q"]).__name__
         'Linear'
     """
-    layers = layers_with(model, name)
-    names = [name] if name is not None else _names(layers.values())
+    orphans = {
+        adapter: None
+        for module in model.modules()
+        for adapter in vars(module).get(FROZEN, ())
+        if name in (None, adapter)
+    }
+    # flags may be left to restore after the layers themselves were ejected one by one
+    layers = layers_with(model, name) if adapted_layers(model) or not orphans else {}
+    names = (
+        [name] if name is not None else list({**dict.fromkeys(_names(layers.values())), **orphans})
+    )
     merged = [
         n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is not None
     ]
@@ -131,6 +141,12 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
         raise MergeError(
             f"An adapter must be unmerged to be ejected, but {listed(merged)} is merged."
             " Call `unmerge(model)` first, or merge with reversible=False to keep the update."
+        )
+    other = [n for n, m in layers.items() if type(m) is not adapted_class(m.host_class)]
+    if other:
+        raise UnsupportedLayerError(
+            f"A layer must have the class that `inject` gave it, but that of {listed(other)} was"
+            " changed since (parametrized or sharded). Undo that first, then eject."
         )
     left = [
         m for m in layers.values() if m.lora_merged is not None and set(m.lora_configs) - set(names)
@@ -173,18 +189,21 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
 
 def _freeze(module: nn.Module, parameter: str, adapter: str, undo: ExitStack) -> None:
     p = module._parameters[parameter]
-    if p is None or not p.requires_grad:
+    if p is None:
         return
-    grad, record = p.grad, vars(module).get(FROZEN)
+    was, grad, record = p.requires_grad, p.grad, vars(module).get(FROZEN)
+    # what an earlier injection froze is relied on by this one too
+    if not was and not any(parameter in held for held in (record or {}).values()):
+        return
 
     def restore() -> None:
-        p.requires_grad_(True)
+        p.requires_grad_(was)
         p.grad = grad
         _record(module, record)
 
     undo.callback(restore)
     mine = (record or {}).get(adapter, ())
-    _record(module, {**(record or {}), adapter: (*mine, parameter)})
+    _record(module, {**(record or {}), adapter: (*mine, parameter) if was else mine})
     p.requires_grad_(False)
     p.grad = None
 
@@ -192,13 +211,13 @@ def _freeze(module: nn.Module, parameter: str, adapter: str, undo: ExitStack) ->
 def _thaw(model: nn.Module, names: Sequence[str], undo: ExitStack) -> Iterable[int]:
     """Sets back the flags that these adapters' injections changed; yields 1 for each.
 
-    While other adapters stay, the host stays frozen for them: its flags pass to one of those.
+    While adapters stay that rely on it, the host stays frozen: its flags pass to one of those.
     """
-    heirs = _names(adapted_layers(model).values())
     for module in model.modules():
         record = vars(module).get(FROZEN)
         if record is None:
             continue
+        heirs = [n for n in record if n not in names]
         mine = [p for name in names for p in record.get(name, ())]
         back = [p for p in mine if not heirs or p.startswith(("lora_A_", "lora_B_"))]
         kept = {n: ps for n, ps in record.items() if n not in names}

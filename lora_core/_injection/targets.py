@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, l
 from lora_core._layers import mixin_for, why_not
 
 type_ = type
+_MOST_NAMES = 16  # names of one module that are told apart
 Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Sequence[Pattern]
 
@@ -84,7 +86,7 @@ def walk(model: nn.Module) -> list[Candidate]:
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
-    for name, module, parent in _visit(model, "", (), None):
+    for name, module, parent in _visit(model, "", (), None, Counter()):
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
         if parent is not None:
@@ -98,15 +100,21 @@ def walk(model: nn.Module) -> list[Candidate]:
 
 
 def _visit(
-    module: nn.Module, name: str, above: tuple[int, ...], parent: nn.Module | None
+    module: nn.Module,
+    name: str,
+    above: tuple[int, ...],
+    parent: nn.Module | None,
+    seen: Counter[int],
 ) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    if id(module) in above:  # a module that contains itself
+    seen[id(module)] += 1
+    # a module that contains itself, or whose names would multiply without end
+    if id(module) in above or seen[id(module)] > _MOST_NAMES:
         return
     yield name, module, parent
     for child_name, child in module._modules.items():
         if child is not None:
             child_path = clean(f"{name}.{child_name}".lstrip("."))
-            yield from _visit(child, child_path, (*above, id(module)), module)
+            yield from _visit(child, child_path, (*above, id(module)), module, seen)
 
 
 def _bypass(parents: list[tuple[nn.Module, str]]) -> str:

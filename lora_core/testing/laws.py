@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_core._adapters as adapters
+from lora_core._errors import ConfigError, listed
 from lora_core._files import load, save
 from lora_core._injection import eject, inject
 from lora_core._merging import merge, unmerge
@@ -49,6 +50,12 @@ def check_lora(model: nn.Module, *inputs: Any, **inject_options: Any) -> Report:
         1
     """
     name = inject_options.get("name", "default")
+    there = adapters.adapter_names(adapters.adapted_layers(model))
+    if there:
+        raise ConfigError(
+            f"`model` must be bare for the laws to be checked, but has {listed(there)}."
+            " Eject first."
+        )
     with _evaluation(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         before, bare = _Picture(model), copy.deepcopy(model)
@@ -180,12 +187,15 @@ class _Picture:
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     flags = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.grad) for p in model.parameters()]
     model.eval()
     try:
         yield
     finally:
         for module, training in flags:
             module.training = training
+        for p, grad in grads:
+            p.grad = grad
 
 
 def _record(model: nn.Module, inputs: tuple[Any, ...], names: set[str]) -> _Calls:

@@ -1,0 +1,132 @@
+"""Putting an adapter on one layer and taking it off, with the checks that come before."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora_core._config import AdapterConfig, check_alpha, check_dropout, check_dtype, check_rank
+from lora_core._layers.mixin import LoRAMixin, Selection, TransposedLoRAMixin, adapted_class, reset
+
+
+def mixin_for(module: nn.Module) -> type[LoRAMixin] | None:
+    """The mixin that adapts modules of this kind, None if none does."""
+    if isinstance(module, LoRAMixin):
+        return type(module)
+    if isinstance(module, nn.Linear):
+        return LoRAMixin
+    # transformers' Conv1D, known by its looks so that transformers need not be installed
+    weight = getattr(module, "weight", None)
+    looks = type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
+    return TransposedLoRAMixin if looks and hasattr(module, "nf") else None
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """``(in_features, out_features)`` of an adaptable module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    in_features, out_features = module.weight.shape  # type: ignore[misc]
+    return in_features, out_features
+
+
+def why_not(module: nn.Module) -> str:
+    """Why a layer of an adaptable kind can't be adapted, with the repair; "" if it can."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "is lazy and has no shape yet. Run one batch through the model first."
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a TorchScript module, whose class can't change. Adapt it before scripting."
+    if "forward" in vars(module):
+        return (
+            "has a `forward` patched onto the instance (offloading hooks do this), which would"
+            " bypass the adapter. Remove that patch, adapt, and put it back."
+        )
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return (
+            "is never called: nn.MultiheadAttention reads its weight itself, so an adapter would"
+            " have no effect. Exclude it."
+        )
+    weight = module.weight
+    if type(weight).__name__ == "DTensor":
+        return "is sharded already. Adapt the model before `fully_shard` or tensor parallelism."
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return "has a weight that is no floating-point tensor. Exclude it."
+    return ""
+
+
+def is_factor(module: nn.Module, parameter: str) -> bool:
+    """Whether this parameter of a module belongs to an adapter rather than to the host."""
+    names = module.lora_configs if isinstance(module, LoRAMixin) else ()
+    return any(parameter in (f"lora_A_{name}", f"lora_B_{name}") for name in names)
+
+
+def layer_config(
+    module: nn.Module,
+    rank: object,
+    alpha: object,
+    dropout: object,
+    dtype: object,
+    where: str = "",
+) -> AdapterConfig:
+    """Checks the settings for one layer and fills in what follows from the layer."""
+    checked = check_rank(rank, *sizes(module), where)
+    weight_dtype = module.weight.dtype
+    return AdapterConfig(
+        rank=checked,
+        alpha=check_alpha(alpha, checked),
+        dropout=check_dropout(dropout),
+        dtype=check_dtype(dtype) or torch.promote_types(weight_dtype, torch.float32),  # type: ignore[arg-type]
+    )
+
+
+def fresh_factors(
+    module: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """New factors for one layer: `lora_A` Kaiming-uniform with a = sqrt(5), `lora_B` zero.
+
+    Drawn on the CPU in float32, so that a seed gives the same bits on every device.
+    """
+    in_features, out_features = sizes(module)
+    device = module.weight.device
+    with torch.inference_mode(mode=False):
+        where = "meta" if device.type == "meta" else "cpu"
+        lora_A = torch.empty(config.rank, in_features, device=where, dtype=torch.float32)
+        lora_B = torch.empty(out_features, config.rank, dtype=config.dtype, device=device)  # type: ignore[arg-type]
+        reset(lora_A, lora_B, generator)
+        return nn.Parameter(lora_A.to(device, config.dtype)), nn.Parameter(lora_B)  # type: ignore[arg-type]
+
+
+def attach(
+    module: nn.Module,
+    name: str,
+    config: AdapterConfig,
+    lora_A: nn.Parameter,
+    lora_B: nn.Parameter,
+    strength: float = 1.0,
+) -> None:
+    """Puts one adapter on a layer, in place, and makes it active beside those that are."""
+    if not isinstance(module, LoRAMixin):
+        module.__class__ = adapted_class(type(module))
+    assert isinstance(module, LoRAMixin)
+    if "lora_configs" not in vars(module):
+        module.lora_configs = {}
+        module.lora_selection = Selection((), (), ())
+        module.lora_merged = None
+    module.register_parameter(f"lora_A_{name}", lora_A)
+    module.register_parameter(f"lora_B_{name}", lora_B)
+    module.lora_configs = {**module.lora_configs, name: config}
+    names, strengths, _ = module.lora_selection
+    module.lora_selection = module.select(
+        {**dict(zip(names, strengths, strict=True)), name: strength}
+    )
+
+
+def detach(module: LoRAMixin, name: str) -> None:
+    """Takes one adapter off a layer, in place; with the last one goes every trace."""
+    names, strengths, _ = module.lora_selection
+    kept = {n: s for n, s in zip(names, strengths, strict=True) if n != name}
+    module.lora_selection = module.select(kept)
+    delattr(module, f"lora_A_{name}")
+    delattr(module, f"lora_B_{name}")
+    module.lora_configs = {n: c for n, c in module.lora_configs.items() if n != name}
+    if not module.lora_configs:
+        del module.lora_configs, module.lora_selection, module.lora_merged
+        module.__class__ = module.host_class  # type: ignore[assignment]

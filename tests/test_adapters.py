@@ -1,0 +1,424 @@
+"""Listing adapters, and choosing which are active and how strongly."""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from lora_core import (
+    AdapterError,
+    ConfigError,
+    LoRALinear,
+    MergeError,
+    disabled,
+    eject,
+    inject,
+    merge,
+    parameters,
+    scales,
+    summary,
+    unmerge,
+)
+from lora_core._layers import LoRAMixin
+
+STRENGTHS = st.floats(-4, 4, width=16)
+
+
+@pytest.fixture
+def two(net, perturb):
+    """The net with two trained adapters, the second on fewer layers and one more."""
+    inject(net, rank=2, alpha=3.0, name="a")
+    inject(net, rank=3, name="b", targets=["blocks.0.attn.to_q", "head"])
+    perturb(net)
+    return net
+
+
+def selections(model: nn.Module) -> list[object]:
+    return [m.lora_selection for m in model.modules() if isinstance(m, LoRAMixin)]
+
+
+def same(left: list[object], right: list[object]) -> bool:
+    """Whether the very same selections are in force."""
+    return all(a is b for a, b in zip(left, right, strict=True))
+
+
+def strengths(model: nn.Module) -> dict[str, tuple[float, ...]]:
+    return {adapter.name: adapter.strengths for adapter in summary(model).adapters}
+
+
+# -- parameters and summary
+
+
+def test_parameters_are_the_factors_once_in_the_order_of_the_model(two):
+    for name in ("a", "b"):
+        expected = [
+            p for n, p in two.named_parameters() if n.endswith((f"_A_{name}", f"_B_{name}"))
+        ]
+        found = parameters(two, name)
+        assert len(found) == len(expected) == {"a": 16, "b": 4}[name]
+        assert all(p is q for p, q in zip(found, expected, strict=True))
+    both = parameters(two)
+    assert len(both) == len({id(p) for p in both}) == 20
+    assert {id(p) for p in both} == {id(p) for n, p in two.named_parameters() if "lora_" in n}
+    assert [p.shape for p in parameters(two, "b")[:2]] == [(3, 8), (8, 3)]
+
+
+def test_parameters_of_a_shared_module_come_once():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, shared)
+    inject(model, rank=2, targets="*")
+    assert len(parameters(model)) == 2
+
+
+def test_summary_says_how_the_adapters_stand(two):
+    before = selections(two)
+    found = summary(two)
+    assert same(selections(two), before)
+    a, b = found.adapters
+    assert (a.name, len(a.layers), a.ranks, a.parameters) == ("a", 8, (2,), 8 * 32)
+    assert (b.name, b.layers, b.ranks) == ("b", ("blocks.0.attn.to_q", "head"), (3,))
+    assert (b.parameters, b.nbytes) == (3 * (16 + 13), 12 * (16 + 13))
+    assert (a.active, b.active) == (True, True)
+    assert (a.trainable, b.trainable) == (False, True)
+    assert not a.merged
+    assert found.total == sum(p.numel() for p in two.parameters())
+    assert found.trainable == b.parameters
+    scales(two, b=0.5)
+    a, b = summary(two).adapters
+    assert (a.active, a.strengths) == (False, ())
+    assert (b.active, b.strengths) == (True, (0.5,))
+    merge(two.eval())
+    assert [adapter.merged for adapter in summary(two).adapters] == [False, True]
+
+
+def test_summary_of_a_plain_model_has_no_adapters(net):
+    found = summary(net)
+    assert found.adapters == ()
+    assert str(found) == "no adapters; 1,165 of 1,165 parameters train (100.00%)"
+
+
+def test_summary_prints_as_a_table(two):
+    scales(two, b=-0.5)
+    lines = str(summary(two)).splitlines()
+    header = "adapter layers rank parameters bytes strength trains merged"
+    assert [line.split() for line in lines[:4:3]] == [
+        header.split(),
+        ["b", "2", "3", "87", "348", "-0.5", "yes", "no"],
+    ]
+    assert lines[2].split() == ["a", "8", "2", "256", "1024", "-", "no", "no"]
+    assert lines[4] == "87 of 1,508 parameters train (5.77%)"
+
+
+@pytest.mark.parametrize("call", [parameters, eject, lambda m: scales(m, a=1.0)])
+def test_a_model_without_adapters_is_an_error(net, call):
+    message = (
+        "The model must have an adapter, but this Net has none. Call `inject` or `load` first."
+    )
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        call(net)
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"), disabled(net):
+        pass
+
+
+def test_parameters_of_an_unknown_adapter_is_an_error(two):
+    message = "`name` must be an adapter of the model, but is 'c'; it has 'a', 'b'."
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        parameters(two, "c")
+
+
+# -- what strengths do to the output
+
+
+def test_scale_zero_is_the_base(net, x, perturb):
+    plain = net(x)
+    inject(net, name="a")
+    perturb(net)
+    assert not torch.equal(net(x), plain)
+    scales(net, a=0.0)
+    assert torch.equal(net(x), plain)
+
+
+@given(STRENGTHS, STRENGTHS, st.booleans(), st.integers(1, 5), st.integers(1, 5))
+def test_two_adapters_are_the_sum_of_their_deltas(s, t, bias, rank_a, rank_b):
+    layer = nn.Linear(6, 5, bias=bias).double()
+    model = nn.Sequential(layer)
+    x = torch.randn(4, 6).double()
+    plain = model(x)
+    inject(model, rank=rank_a, alpha=3.0, name="a", targets="0")
+    inject(model, rank=rank_b, name="b", targets="0")
+    with torch.no_grad():
+        for p in parameters(model):
+            p.normal_()
+    scales(model, a=s, b=t)
+    a = s * 3.0 / rank_a * layer.lora_B_a @ layer.lora_A_a
+    b = t * layer.lora_B_b @ layer.lora_A_b
+    both = model(x)
+    assert_close(both, plain + x @ (a + b).T, atol=1e-12, rtol=1e-12)
+    scales(model, b=t, a=s)  # the order of activation does not matter
+    assert_close(model(x), both, atol=1e-12, rtol=1e-12)
+    scales(model, a=s)
+    assert_close(model(x), plain + x @ a.T, atol=1e-12, rtol=1e-12)
+
+
+def test_equal_and_opposite_strengths_of_equal_adapters_cancel(net, x):
+    plain = net.double()(x.double())
+    inject(net, name="a")
+    inject(net, name="b")
+    with torch.no_grad():
+        for p, q in zip(parameters(net, "a"), parameters(net, "b"), strict=True):
+            q.copy_(p.normal_())
+    scales(net, a=1.5, b=-1.5)
+    assert_close(net(x.double()), plain, atol=1e-10, rtol=1e-10)
+    scales(net, a=1.5, b=-1.0)
+    assert (net(x.double()) - plain).abs().max() > 0.01
+
+
+def test_adapters_with_different_dropouts_are_both_applied(x):
+    model = nn.Sequential(nn.Linear(8, 4))
+    inject(model, name="a", targets="0", dropout=0.5)
+    inject(model, name="b", targets="0")
+    with torch.no_grad():
+        for p in parameters(model):
+            p.normal_()
+    layer = model[0]
+    a, b = (layer.factors(name)[1] @ layer.factors(name)[0] for name in "ab")
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    assert_close(model.eval()(x), base + x @ (a + b).T)
+    model.train()
+    torch.manual_seed(2)
+    first = model(x)
+    torch.manual_seed(2)
+    assert torch.equal(model(x), first)
+    assert not torch.equal(model(x), first)
+    # adapter b drops nothing
+    scales(model, b=1.0)
+    assert_close(model(x), base + x @ b.T)
+
+
+def test_inactive_adapters_get_no_gradient(two, x):
+    for p in parameters(two):
+        p.requires_grad_(True)
+    scales(two, a=1.0)
+    two(x).sum().backward()
+    assert all(p.grad is None for p in parameters(two, "b"))
+    assert all(p.grad is not None for p in parameters(two, "a"))
+
+
+# -- choosing, and putting back
+
+
+def test_scales_acts_at_once_and_makes_the_others_inactive(two):
+    receipt = scales(two, b=0.25)
+    assert strengths(two) == {"a": (), "b": (0.25,)}
+    assert receipt.strengths == {"b": 0.25}
+    assert repr(receipt) == "scales(b=0.25)"
+    scales(two, a=2, b=-1)
+    assert strengths(two) == {"a": (2.0,), "b": (-1.0,)}
+
+
+def test_leaving_scales_restores_exactly_what_was_there(two, x):
+    scales(two, a=0.3, b=0.7)
+    before, out = selections(two), two(x)
+    with scales(two, b=2.0):
+        inner = selections(two)
+        assert not torch.equal(two(x), out)
+        with scales(two, a=-1.0), disabled(two), scales(two, a=5.0):
+            assert strengths(two) == {"a": (5.0,), "b": ()}
+        assert same(selections(two), inner)
+    assert same(selections(two), before)
+    assert torch.equal(two(x), out)
+
+
+def test_strengths_that_differ_between_layers_come_back_each_to_its_layer(two):
+    scales(two.blocks[0], a=0.5)
+    before = selections(two)
+    assert strengths(two)["a"] == (0.5, 1.0)
+    with scales(two, a=3.0):
+        assert strengths(two)["a"] == (3.0,)
+    assert same(selections(two), before)
+
+
+def test_disabled_is_the_base_bit_for_bit_and_restores_exactly(net, x, perturb):
+    plain = net(x)
+    inject(net)
+    perturb(net)
+    scales(net, default=0.3)
+    before, out = selections(net), net(x)
+    with disabled(net):
+        assert torch.equal(net(x), plain)
+        with disabled(net):
+            assert torch.equal(net(x), plain)
+        assert torch.equal(net(x), plain)
+    assert same(selections(net), before)
+    assert torch.equal(net(x), out)
+
+
+def test_disabled_shows_the_base_of_a_merged_model_too(net, x, perturb):
+    net.eval()
+    plain = net(x)
+    inject(net)
+    perturb(net)
+    weight = net.blocks[0].attn.to_q.weight
+    merge(net)
+    bits, out = weight.detach().clone(), net(x)
+    with disabled(net):
+        assert torch.equal(net(x), plain)
+        with disabled(net):
+            assert torch.equal(net(x), plain)
+        assert torch.equal(net(x), plain)
+    assert torch.equal(weight, bits)
+    assert torch.equal(net(x), out)
+    unmerge(net)
+    eject(net)
+    assert torch.equal(net(x), plain)
+
+
+@pytest.mark.parametrize(
+    "scope", [disabled, lambda m: scales(m, b=2.0)], ids=["disabled", "scales"]
+)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("merged", [True, False])
+def test_an_exception_inside_restores_and_passes_on(two, x, scope, error, merged):
+    if merged:
+        merge(two.eval())
+        scope = disabled
+    before, out = selections(two), two(x)
+    with pytest.raises(error, match="^mine$"), scope(two), disabled(two):
+        raise error("mine")
+    assert same(selections(two), before)
+    assert torch.equal(two(x), out)
+
+
+@pytest.mark.parametrize("scope", [disabled, lambda m: scales(m, b=2.0)])
+def test_a_closed_generator_restores(two, scope):
+    before = selections(two)
+
+    def steps() -> Iterator[int]:
+        with scope(two):
+            yield 1
+            yield 2
+
+    running = steps()
+    assert next(running) == 1
+    assert not same(selections(two), before)
+    running.close()
+    assert same(selections(two), before)
+
+
+def test_an_adapter_ejected_inside_does_not_come_back(two, x):
+    with disabled(two):
+        eject(two, "a")
+        base = two(x)
+    assert strengths(two) == {"b": (1.0,)}
+    assert not torch.equal(two(x), base)
+    with scales(two, b=0.5):
+        eject(two)
+    assert summary(two).adapters == ()
+    assert torch.equal(two(x), base)
+
+
+def test_a_dtype_changed_inside_is_kept(two, x):
+    with disabled(two):
+        two.double()
+    assert strengths(two) == {"a": (1.0,), "b": (1.0,)}
+    assert two(x.double()).dtype == torch.float64
+
+
+def interrupted_at_line(call: Callable[[], object], k: int) -> bool:
+    left = k
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith("_adapters.py"):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_on_any_line_of_scales_changes_all_layers_or_none(two):
+    everywhere = [m for m in two.modules() if isinstance(m, LoRAMixin)]
+    before, k = selections(two), 1
+    while interrupted_at_line(lambda: scales(two, b=2.0), k):
+        if not same(selections(two), before):
+            assert strengths(two) == {"a": (), "b": (2.0,)}, f"half chosen at line {k}"
+            for layer, selection in zip(everywhere, before, strict=True):
+                layer.lora_selection = selection
+        k += 1
+    assert k > 30
+    assert strengths(two) == {"a": (), "b": (2.0,)}
+
+
+# -- refusals
+
+
+def test_an_unknown_name_changes_nothing(two):
+    before = selections(two)
+    message = "`scales` must name adapters of the model, but got 'c', 'd'; it has 'a', 'b'."
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        scales(two, a=0.5, c=1.0, d=1.0)
+    assert same(selections(two), before)
+
+
+def test_no_strength_at_all_is_an_error(two):
+    message = "`scales` must be given a strength for an adapter, but got none."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)} Write `scales"):
+        scales(two)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "1", None, True])
+def test_a_strength_must_be_finite(two, value):
+    before = selections(two)
+    message = f"`b` must be a finite number, but is {value!r}."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        scales(two, a=0.5, b=value)
+    assert same(selections(two), before)
+
+
+def test_strengths_of_a_merged_model_are_refused(two):
+    scales(two, b=1.0)
+    merge(two.eval())
+    before = selections(two)
+    rule = "Strengths must be chosen while unmerged, but 'blocks.0.attn.to_q', 'head' is merged."
+    with pytest.raises(MergeError, match=f"^{re.escape(rule)} "):
+        scales(two, b=0.5)
+    assert same(selections(two), before)
+
+
+def test_an_irreversible_merge_cannot_be_hidden(net):
+    inject(net, targets="head")
+    merge(net, reversible=False)
+    message = (
+        "`disabled` must have the original weights, but 'head' was merged with reversible=False."
+    )
+    with pytest.raises(MergeError, match=f"^{re.escape(message)} "), disabled(net):
+        pass
+
+
+def test_any_legal_name_can_be_given_a_strength():
+    layer = LoRALinear(nn.Linear(4, 4), name="style-2")
+    scales(layer, **{"style-2": 0.5})
+    assert layer.lora_selection.strengths == (0.5,)
+    other = LoRALinear(nn.Linear(4, 4), name="model")
+    scales(other, model=0.5)
+    assert other.lora_selection.strengths == (0.5,)
