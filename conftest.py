@@ -9,5 +9,5 @@ hypothesis.settings.register_profile("lora_core", deadline=None, max_examples=50
 hypothesis.settings.load_profile("lora_core")
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/**/*.md"]
+    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md", "docs/**/*.md"]
 ).pytest()

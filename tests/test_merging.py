@@ -2,7 +2,6 @@
 
 import copy
 import re
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -401,33 +400,6 @@ def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice() -> None:
         for i, layer in enumerate(model):
             expected = merged if layer.lora_merged is not None else plain
             assert torch.equal(layer.weight, expected[f"{i}.weight"]), f"line {at}"
-
-
-def test_real_signals_never_leave_a_model_half_merged() -> None:
-    model = adapted(layers=12)
-    plain = weights(model)
-
-    def raise_stop(signum: int, frame: object) -> None:
-        raise Stop
-
-    before = signal.signal(signal.SIGALRM, raise_stop)
-    stopped = 0
-    try:
-        for i in range(60):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-4 * (i % 30 + 1))
-                lora_core.merge(model)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except Stop:
-                stopped += 1
-            assert len({layer.lora_merged is not None for layer in model}) == 1
-            if model[0].lora_merged is not None:
-                lora_core.unmerge(model)
-            assert_bits(model, plain)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert stopped > 0
 
 
 def test_concurrent_forwards_of_one_model_agree() -> None:

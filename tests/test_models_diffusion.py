@@ -178,13 +178,19 @@ def test_the_same_generator_seed_gives_the_same_samples(sample: object) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_ancestral_sampling_is_ddim_over_every_step_with_full_noise() -> None:
-    schedule = SCHEDULES["linear"]
-    one = sample_ddpm(linear_model, schedule, CONTEXT, shape=SHAPE, generator=seeded())
-    two = sample_ddim(
-        linear_model, schedule, CONTEXT, shape=SHAPE, generator=seeded(), steps=200, eta=1.0
-    )
-    assert_close(one, two)
+def test_ancestral_sampling_is_algorithm_2_of_ho_et_al() -> None:
+    schedule, generator = SCHEDULES["linear"], seeded()
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod])
+    z = torch.randn(4, *SHAPE, generator=generator, dtype=torch.float64)
+    for step in reversed(range(len(schedule))):
+        beta = schedule.betas[step]
+        eps = linear_model(z, torch.full((4,), step), CONTEXT)
+        z = (z - beta / (1 - alpha_bar[step + 1]).sqrt() * eps) / (1 - beta).sqrt()
+        if step > 0:
+            variance = (1 - alpha_bar[step]) / (1 - alpha_bar[step + 1]) * beta
+            z += variance.sqrt() * torch.randn(z.shape, generator=generator, dtype=z.dtype)
+    drawn = sample_ddpm(linear_model, schedule, CONTEXT, shape=SHAPE, generator=seeded(), clip=None)
+    assert_close(drawn, z)
 
 
 def test_guidance_mixes_the_conditional_and_the_unconditional_prediction() -> None:

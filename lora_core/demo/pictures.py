@@ -41,7 +41,7 @@ def style_sheet(rows: Mapping[str, Tensor], title: str) -> bytes:
     figure.suptitle(title, fontsize=12, x=0.02, ha="left")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for panel, (label, images) in zip(axes, rows.items(), strict=True):
-        panel.imshow(strip(images).numpy(), cmap="gray", vmin=0, vmax=1, aspect="equal")
+        panel.imshow(strip(images).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         panel.set_axis_off()
         panel.text(
             -0.02, 0.5, label, transform=panel.transAxes, ha="right", va="center", fontsize=12

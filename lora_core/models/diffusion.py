@@ -184,7 +184,6 @@ def guided(
     return eps_null + guidance * (eps - eps_null)
 
 
-@torch.no_grad()
 def sample_ddpm(
     model: Model,
     schedule: Schedule,
@@ -200,17 +199,7 @@ def sample_ddpm(
 ) -> Tensor:
     """Ancestral sampling: every timestep, with fresh noise at each.
 
-    Args:
-        model: The noise prediction.
-        schedule: The schedule the model was trained with.
-        context: What to sample.
-        shape: Shape of one sample.
-        noise: Where to start, instead of drawing it.
-        generator: Source of all randomness.
-        guidance: Strength of classifier-free guidance; 1 is none.
-        null_context: The context that stands for no condition.
-        clip: Bound on the predicted ``z_0``; None for data without one.
-        progress: Called after each step with the steps done and their total.
+    The arguments are those of `sample_ddim`.
 
     Shape:
         - context: ``(batch, tokens, context_dim)``
@@ -225,12 +214,21 @@ def sample_ddpm(
         >>> sample_ddpm(silent, Schedule.linear(10), torch.zeros(2, 4, 64)).shape
         torch.Size([2, 1, 28, 28])
     """
-    every = list(range(len(schedule) - 1, -1, -1))
     # eta = 1 over all timesteps is algorithm 2 with the posterior's variance
-    return _sample(
-        model, schedule, context, every, 1.0, shape, noise, generator, guidance, null_context,
-        clip, progress,
-    )  # fmt: skip
+    return sample_ddim(
+        model,
+        schedule,
+        context,
+        steps=len(schedule),
+        eta=1.0,
+        shape=shape,
+        noise=noise,
+        generator=generator,
+        guidance=guidance,
+        null_context=null_context,
+        clip=clip,
+        progress=progress,
+    )
 
 
 @torch.no_grad()
@@ -287,27 +285,6 @@ def sample_ddim(
         raise ValueError(f"`eta` must be from 0 to 1, but is {eta:g}.")
     # counted from the last timestep, so that sampling starts where training saw pure noise
     visited = [round(len(schedule) * (steps - i) / steps) - 1 for i in range(steps)]
-    return _sample(
-        model, schedule, context, visited, eta, shape, noise, generator, guidance, null_context,
-        clip, progress,
-    )  # fmt: skip
-
-
-def _sample(
-    model: Model,
-    schedule: Schedule,
-    context: Tensor,
-    timesteps: Sequence[int],
-    eta: float,
-    shape: Sequence[int],
-    noise: Tensor | None,
-    generator: torch.Generator | None,
-    guidance: float,
-    null_context: Tensor | None,
-    clip: float | None,
-    progress: Progress | None,
-) -> Tensor:
-    """Walk down `timesteps` by the generalised update of Song et al., equation 12."""
     expected = (context.shape[0], *shape)
     if noise is not None and tuple(noise.shape) != expected:
         raise ValueError(f"`noise` must have shape {expected}, but has {tuple(noise.shape)}.")
@@ -318,8 +295,8 @@ def _sample(
         return drawn.to(context.device)
 
     z = draw() if noise is None else noise
-    alpha_bars = [*schedule.alphas_cumprod[list(timesteps)].tolist(), 1.0]
-    for i, step in enumerate(timesteps):
+    alpha_bars = [*schedule.alphas_cumprod[visited].tolist(), 1.0]
+    for i, step in enumerate(visited):
         now, then = alpha_bars[i], alpha_bars[i + 1]
         t = torch.full((len(z),), step, device=z.device)
         eps = guided(model, z, t, context, guidance, null_context)
@@ -333,7 +310,7 @@ def _sample(
         if fresh > 0:
             z = z + fresh * draw()
         if progress is not None:
-            progress(i + 1, len(timesteps))
+            progress(i + 1, steps)
     return z
 
 
