@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test check check-rest format lint types contracts coverage bench-smoke clean
+.PHONY: help demo test interop check check-rest format lint types contracts coverage bench-smoke clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,9 +27,12 @@ demo: $(VENV)/.demo  ## teach the shipped digit model a style and draw it, in lo
 test: $(VENV)/.test  ## the tests, doctests of docstrings and Markdown included
 	$(BIN)/python -m coverage run -m pytest
 
+interop: $(VENV)/.test $(VENV)/.interop  ## the tests against real models of other libraries
+	$(BIN)/python -m pytest tests/interop
+
 check: test check-rest  ## everything that must hold before a change lands
 
-check-rest: format lint types contracts coverage bench-smoke  ## what `check` does after the tests
+check-rest: format lint types contracts coverage bench-smoke interop  ## what `check` does after the tests
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format --check .

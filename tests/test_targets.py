@@ -73,6 +73,24 @@ FAMILIES = {
         ],
         ["b.0.norm1.linear", "b.0.ff_context.net.2", "x_embedder"],
     ),
+    "fused": (
+        "Stable Diffusion",
+        [
+            *("a.0.attn.to_qkv", "a.0.attn.to_added_qkv", "a.0.attn.to_out", "b.0.attn2.to_q"),
+            *("b.0.attn2.to_kv", "c.0.attn.to_qkv_mlp_proj", "c.0.attn.to_out"),
+        ],
+        ["c.0.norm.linear"],
+    ),
+    "hidream": (
+        "Stable Diffusion",
+        [f"b.0.attn.to_{n}{side}" for n in ("q", "k", "v", "out") for side in ("", "_t")],
+        ["b.0.ff_i.w1"],
+    ),
+    "kandinsky": (
+        "Kandinsky",
+        [f"b.0.self_attention.{n}" for n in ("to_query", "to_key", "to_value", "out_layer")],
+        ["b.0.feed_forward.in_layer", "b.0.feed_forward.out_layer"],
+    ),
     "one output": (
         "Stable Diffusion",
         ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out"],
@@ -88,16 +106,101 @@ FAMILIES = {
         [f"l.0.self_attn.{n}_proj" for n in ("q", "k", "v", "out")],
         ["l.0.fc1", "l.0.fc2", "visual_projection"],
     ),
+    **{
+        f"llama with {output}": (
+            "Llama",
+            [*(f"l.0.attn.{n}_proj" for n in "qkv"), f"l.0.attn.{output}"],
+            ["l.0.mlp.dense", "l.0.mlp.proj", "l.0.mlp.Wo"],
+        )
+        for output in ("output_proj", "dense", "proj", "projection_layer", "Wo")
+    },
+    "deepseek": (
+        "DeepSeek",
+        [
+            *("l.0.self_attn.q_a_proj", "l.0.self_attn.q_b_proj", "l.0.self_attn.kv_b_proj"),
+            *("l.0.self_attn.kv_a_proj_with_mqa", "l.0.self_attn.o_proj"),
+        ],
+        ["l.0.mlp.gate_proj", "l.0.self_attn.indexer.weights_proj"],
+    ),
+    "gemma 4": (
+        "Gemma 4",
+        [f"l.0.self_attn.{n}.linear" for n in ("q_proj", "k_proj", "v_proj", "o_proj", "post")],
+        ["l.0.mlp.gate_proj.linear", "l.0.self_attn.relative_k_proj"],
+    ),
     "phi3": ("Llama", ["l.0.attn.qkv_proj", "l.0.attn.o_proj"], ["l.0.mlp.gate_up_proj"]),
     "bert": (
         "BERT",
-        [f"layer.0.attention.self.{n}" for n in ("query", "key", "value")],
-        ["layer.0.attention.output.dense", "layer.0.intermediate.dense", "pooler.dense"],
+        [
+            *(f"layer.0.attention.self.{n}" for n in ("query", "key", "value")),
+            "layer.0.attention.output.dense",
+        ],
+        ["layer.0.intermediate.dense", "layer.0.output.dense", "pooler.dense"],
+    ),
+    # a block straight under the layer: what "../output.dense" finds there is the mlp's
+    "albert": (
+        "BERT",
+        [f"layer.0.attention.{n}" for n in ("query", "key", "value", "dense")],
+        ["layer.0.output.dense", "layer.0.ffn"],
+    ),
+    **{
+        f"bert with {output}": (
+            "BERT",
+            [f"layer.0.attention.{n}" for n in ("query", "key", "value", output)],
+            ["layer.0.mlp.fc1", "pooler.dense"],
+        )
+        for output in ("output", "out_proj", "proj", "proj_attn")
+    },
+    "deberta": (
+        "DeBERTa",
+        [
+            *(
+                f"layer.0.attention.self_attention.{n}"
+                for n in ("in_proj", "pos_proj", "pos_q_proj")
+            ),
+            "layer.0.attention.output.dense",
+        ],
+        ["layer.0.intermediate.dense", "layer.0.output.dense", "layer.1.mixer.in_proj"],
+    ),
+    "deberta 2": (
+        "DeBERTa",
+        [
+            *(f"layer.0.attention.self_attention.{n}_proj" for n in ("query", "key", "value")),
+            *(f"layer.0.attention.self_attention.pos_{n}_proj" for n in ("query", "key")),
+            "layer.0.attention.output.dense",
+        ],
+        ["layer.0.intermediate.dense", "layer.0.output.dense"],
+    ),
+    "prophetnet": (
+        "DeBERTa",
+        [f"l.0.self_attn.{n}_proj" for n in ("query", "key", "value", "out")],
+        ["l.0.feed_forward.output"],
+    ),
+    "deformable": (
+        "DeBERTa",
+        [f"l.0.encoder_attn.{n}_proj" for n in ("value", "output")],
+        ["l.0.encoder_attn.sampling_offsets", "l.0.encoder_attn.attention_weights"],
     ),
     "t5": (
         "T5",
         [f"block.0.layer.0.SelfAttention.{n}" for n in "qkvo"],
         ["block.0.layer.1.DenseReluDense.wi", "block.0.layer.1.DenseReluDense.wo"],
+    ),
+    "t5 with proj": ("T5", [f"b.0.attn.{n}" for n in ("q", "k", "v", "proj")], ["b.0.mlp.fc1"]),
+    "blip": ("timm", ["l.0.self_attn.qkv", "l.0.self_attn.projection"], ["l.0.mlp.fc1"]),
+    "timesformer": (
+        "timm",
+        ["l.0.attention.attention.qkv", "l.0.attention.output.dense"],
+        ["l.0.intermediate.dense", "l.0.output.dense"],
+    ),
+    "ctrl": (
+        "MPT",
+        [f"h.0.multi_head_attention.{n}" for n in ("Wq", "Wk", "Wv", "dense")],
+        ["h.0.ffn.0", "h.0.ffn.2"],
+    ),
+    "conformer": (
+        "Wav2Vec2-BERT",
+        [f"l.0.self_attn.linear_{n}" for n in ("q", "k", "v", "pos", "out")],
+        ["l.0.ffn1.intermediate_dense", "l.0.ffn1.output_dense"],
     ),
     "timm": (
         "timm",
@@ -142,7 +245,8 @@ def test_every_name_of_every_dialect_stands_in_a_family():
     for dialect in DIALECTS:
         rows = [rows for title, rows, _ in FAMILIES.values() if dialect.title.startswith(title)]
         names = {".".join(r.split(".")[-n:]) for row in rows for r in row for n in (1, 2)}
-        assert {*dialect.inputs, *dialect.outputs} <= names, dialect.title
+        mine = {name.removeprefix("../") for name in (*dialect.inputs, *dialect.outputs)}
+        assert mine <= names, dialect.title
 
 
 @pytest.mark.parametrize(
@@ -155,6 +259,8 @@ def test_every_name_of_every_dialect_stands_in_a_family():
         ["backbone.qkv", "backbone.proj"],  # nothing says attention
         ["patch_embed.proj", "head"],
         ["to_queue", "my_to_q_x", "xq_proj"],  # names that only contain one
+        ["mixer.in_proj", "mixer.out_proj", "policy.value_proj"],  # no attention by name
+        ["attention.self.query", "attention.output.dense"],  # an output beside half a block
     ],
 )
 def test_near_negatives_are_no_attention(names):
@@ -202,6 +308,44 @@ def test_multihead_attention_is_named_as_the_reason():
     why = r"'self_attn': nn.MultiheadAttention reads its weights itself and has no layer to adapt\."
     with pytest.raises(TargetError, match=f"^The model must have .* is one\\. {why}"):
         plan(model)
+
+
+class Pool(nn.Module):
+    """Attention that hands the weights of its layers over and calls only the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = (linear() for _ in range(4))
+        self.gate = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        out, _ = nn.functional.multi_head_attention_forward(
+            *(x, x, x, 4, 1, None, torch.cat([p.bias for p in projections]), None, None),
+            *(False, 0.0, self.c_proj.weight, self.c_proj.bias),
+            use_separate_proj_weight=True,
+            **{f"{n}_proj_weight": p.weight for n, p in zip("qkv", projections, strict=True)},
+        )
+        return out * self.gate(x)
+
+
+def test_attention_that_reads_its_weights_itself_is_left_out_and_named():
+    model = tree("attn.q_proj", pool=Pool())
+    report = plan(model, rank=1)
+    why = "is never called: Pool reads its weight itself, so an adapter would have no effect."
+    assert [layer.name for layer in report.layers] == ["attn.q_proj"]
+    assert report.left_out["pool.q_proj"] == f"{why} Exclude it."
+    why = r"'pool': Pool reads its weights itself and has no layer to adapt\."
+    with pytest.raises(TargetError, match=f"^The model must have .* is one\\. {why}"):
+        plan(tree(pool=Pool()))
+
+
+def test_a_layer_that_such_attention_does_call_may_be_named(perturb):
+    model, x = Pool(), torch.randn(3, 2, 4)
+    plain = model(x)
+    inject(model, rank=1, targets="gate")
+    perturb(model)
+    assert (model(x) - plain).abs().max() > 0.01
 
 
 MODEL = ("down.0.attn.to_q", "down.0.attn.to_out.0", "down.1.attn.to_q", "mid.to_q_extra", "head")

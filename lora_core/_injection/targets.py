@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,7 +49,8 @@ class Dialect:
     Attributes:
         title: The families that use it.
         inputs: Names of the input projections, relative to the block.
-        outputs: Names of the output projections; they count only beside an input.
+        outputs: Names of the output projections; they count only beside an input. One that begins
+            with "../" is relative to the block's parent, which then must say attention.
         whole: Whether all the inputs must be there, for names too short to mean attention alone.
         place: Whether the block's own name or class must say attention.
     """
@@ -63,22 +65,60 @@ class Dialect:
 DIALECTS = (
     Dialect(
         "Stable Diffusion, SDXL, SD3, Flux (diffusers, LDM)",
-        ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
-        ("to_out.0", "to_out", "to_add_out"),
+        (
+            *("to_q", "to_k", "to_v", "to_kv", "to_qkv", "to_qkv_mlp_proj"),
+            *("add_q_proj", "add_k_proj", "add_v_proj", "to_added_qkv"),
+            *("to_q_t", "to_k_t", "to_v_t"),
+        ),
+        ("to_out.0", "to_out", "to_add_out", "to_out_t"),
+    ),
+    Dialect("Kandinsky 5", ("to_query", "to_key", "to_value"), ("out_layer",), whole=True),
+    Dialect(
+        "Llama, Mistral, Qwen, Gemma, Phi, OPT, CLIP, Whisper, ViT since transformers 5",
+        ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        ("o_proj", "out_proj", "output_proj", "dense", "proj", "projection_layer", "Wo"),
     ),
     Dialect(
-        "Llama, Mistral, Qwen, Gemma, Phi, OPT, CLIP, Whisper",
-        ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-        ("o_proj", "out_proj"),
+        "DeepSeek, with latent attention",
+        ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+        ("o_proj",),
     ),
-    Dialect("BERT, RoBERTa, ViT", ("query", "key", "value"), (), whole=True),
-    Dialect("T5", ("q", "k", "v"), ("o",), whole=True),
-    Dialect("timm ViT, Swin, DiT", ("qkv",), ("proj",), place=True),
-    Dialect("MPT, ModernBERT", ("Wqkv",), ("Wo", "out_proj")),
+    Dialect(
+        "Gemma 4 vision and audio, Moshi",
+        ("q_proj.linear", "k_proj.linear", "v_proj.linear"),
+        ("o_proj.linear", "post.linear"),
+    ),
+    Dialect(
+        "BERT, RoBERTa, Swin, ALBERT, PVT",
+        ("query", "key", "value"),
+        ("../output.dense", "dense", "output", "out_proj", "proj", "proj_attn"),
+        whole=True,
+    ),
+    Dialect(
+        "DeBERTa, ProphetNet, Deformable DETR",
+        (
+            *("query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj"),
+            *("in_proj", "pos_proj", "pos_q_proj"),
+        ),
+        ("../output.dense", "out_proj", "output_proj"),
+        place=True,
+    ),
+    Dialect("T5, MPNet", ("q", "k", "v"), ("o", "proj"), whole=True),
+    Dialect("timm ViT, BLIP", ("qkv",), ("proj", "projection", "../output.dense"), place=True),
+    Dialect("MPT, ModernBERT, CTRL", ("Wqkv", "Wq", "Wk", "Wv"), ("Wo", "out_proj", "dense")),
     Dialect("GPT-2", ("c_attn", "q_attn"), ("c_proj",)),
-    Dialect("DistilBERT", ("q_lin", "k_lin", "v_lin"), ("out_lin",)),
+    Dialect("DistilBERT, XLM", ("q_lin", "k_lin", "v_lin"), ("out_lin",)),
     Dialect("GPT-NeoX, BLOOM, Falcon", ("query_key_value",), ("dense",)),
+    Dialect(
+        "Wav2Vec2-BERT, SeamlessM4T",
+        ("linear_q", "linear_k", "linear_v", "linear_pos"),
+        ("linear_out",),
+    ),
 )
+
+_LAST_NAMES = {
+    name.rpartition("/")[2].rpartition(".")[2] for d in DIALECTS for name in d.inputs + d.outputs
+}
 
 
 def walk(model: nn.Module) -> list[Candidate]:
@@ -120,9 +160,9 @@ def _visit(
 def _bypass(parents: list[tuple[nn.Module, str]]) -> str:
     """Names the parent that reads this layer's weight itself and never calls the layer."""
     for parent, name in parents:
-        if isinstance(parent, nn.MultiheadAttention):
+        if name in _LAST_NAMES and _reads_weights(parent):
             return (
-                "is never called: nn.MultiheadAttention reads its weight itself, so an adapter"
+                f"is never called: {_kind(parent)} reads its weight itself, so an adapter"
                 " would have no effect. Exclude it."
             )
         if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
@@ -133,6 +173,19 @@ def _bypass(parents: list[tuple[nn.Module, str]]) -> str:
     return ""
 
 
+def _reads_weights(module: nn.Module) -> bool:
+    """Whether its class hands weights to `F.multi_head_attention_forward` instead of calling."""
+    kinds = type(module).__mro__
+    methods = [m for kind in kinds[: kinds.index(nn.Module)] for m in vars(kind).values()]
+    code = [inspect.unwrap(m).__code__ for m in methods if inspect.isfunction(m)]
+    return any("multi_head_attention_forward" in c.co_names for c in code)
+
+
+def _kind(module: nn.Module) -> str:
+    torchs = isinstance(module, nn.MultiheadAttention)
+    return "nn.MultiheadAttention" if torchs else type(module).__name__
+
+
 def attention_projections(candidates: Sequence[Candidate]) -> dict[str, str]:
     """The attention projections by first name, with the title of the dialect that found each."""
     by_name = {name: c for c in candidates for name in c.names}
@@ -140,21 +193,25 @@ def attention_projections(candidates: Sequence[Candidate]) -> dict[str, str]:
     for name, block in by_name.items():
         children = block.module._modules
         for dialect in DIALECTS:
-            if not any(child in children for child in dialect.inputs):
+            if not any(child.partition(".")[0] in children for child in dialect.inputs):
                 continue
             if dialect.place and not _says_attention(name, block.module):
                 continue
             here = [_child(by_name, name, child) for child in dialect.inputs]
             if dialect.whole and not all(here):
                 continue
-            here += [_child(by_name, name, child) for child in dialect.outputs]
-            if any(here[: len(dialect.inputs)]):
+            if any(here):
+                here += [_child(by_name, name, child) for child in dialect.outputs]
                 found.update({c.name: dialect.title for c in here if c})
     return found
 
 
-def _child(by_name: dict[str, Candidate], parent: str, child: str) -> Candidate | None:
-    candidate = by_name.get(f"{parent}.{child}".lstrip("."))
+def _child(by_name: dict[str, Candidate], block: str, child: str) -> Candidate | None:
+    if child.startswith("../"):
+        block, child = block.rpartition(".")[0], child.removeprefix("../")
+        if not _says_attention(block, by_name[block].module):
+            return None
+    candidate = by_name.get(f"{block}.{child}".lstrip("."))
     return candidate if candidate and candidate.adaptable else None
 
 
@@ -296,10 +353,10 @@ def _no_match(what: str, pattern: Pattern, among: Sequence[Candidate], kind: str
 
 
 def _no_attention(candidates: Sequence[Candidate], adaptable: Sequence[Candidate]) -> TargetError:
-    fused = [c.name for c in candidates if isinstance(c.module, nn.MultiheadAttention)]
+    fused = [c for c in candidates if _reads_weights(c.module)]
     why = (
-        f" {listed(fused)}: nn.MultiheadAttention reads its weights itself and has no layer to"
-        " adapt."
+        f" {listed([c.name for c in fused])}: {_kind(fused[0].module)} reads its weights itself and"
+        " has no layer to adapt."
         if fused
         else ""
     )
