@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test interop check check-rest format lint types contracts coverage bench-smoke clean
+.PHONY: help demo test interop check check-rest format lint types contracts coverage bench bench-smoke clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,8 +50,12 @@ coverage: $(VENV)/.dev  ## branch coverage of the last `make test`
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
+bench: $(VENV)/.bench  ## adapted layers against the frozen layer and other libraries, on one CPU thread
+	$(BIN)/python -m benchmarks.fused --json build/fused-cpu.json --plot build/fused.png
+
 bench-smoke: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.parameter_count --ranks 1 4
+	$(BIN)/python -m benchmarks.fused --quick --without-peers
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache lora-core-demo
