@@ -132,7 +132,7 @@ def portrait() -> Callable[[nn.Module], object]:
             seen.append([(key, id(b)) for key, b in module._buffers.items()])
             seen.append((list(module._modules), module.training))
             hooks = itertools.chain(module._forward_hooks, module._forward_pre_hooks)
-            seen.append(list(hooks))
+            seen.append((list(hooks), len(module._load_state_dict_pre_hooks)))
         return seen
 
     return look

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
@@ -138,6 +138,37 @@ def test_only_the_adapter_trains_and_frozen_gradients_are_dropped(net, x):
     net.zero_grad()
     net(x).sum().backward()
     assert all(p.grad is None for n, p in net.named_parameters() if "lora_" not in n)
+
+
+def test_what_was_frozen_before_drops_its_gradient_too(net, portrait, monkeypatch):
+    net.requires_grad_(False)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    before, bits = portrait(net), {n: p.clone() for n, p in net.named_parameters()}
+    with monkeypatch.context() as patch:
+        patch.setattr(surgery, "attach", failing(surgery.attach, 3, after=True))
+        with pytest.raises(PlannedError):
+            inject(net)
+    assert portrait(net) == before  # the very gradients
+    optimiser = torch.optim.AdamW(net.parameters(), lr=0.1)
+    inject(net)
+    assert all(p.grad is None for p in net.parameters())
+    optimiser.step()
+    assert all(torch.equal(net.get_parameter(n), p) for n, p in bits.items())
+    eject(net)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_loading_drops_the_hosts_gradients_and_no_other_adapters(net, make_net, tmp_path):
+    inject(net)
+    lora_core.save(net, tmp_path / "a")
+    model = make_net().requires_grad_(False)
+    inject(model, name="mine", targets="head")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    lora_core.load(model, tmp_path / "a")
+    mine = {id(p) for p in parameters(model, "mine")}
+    assert all((p.grad is not None) == (id(p) in mine) for p in model.parameters())
 
 
 def test_freeze_false_touches_no_flag_and_no_gradient(net):
@@ -325,6 +356,97 @@ def test_ejecting_the_newcomer_gives_back_the_flags_it_found(net, freezes, portr
     before = portrait(net)
     inject(net, name="b")
     eject(net, "b")
+    assert portrait(net) == before
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """An adapter file for `host`, by name."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = {}
+    for name, targets in (("a", "*"), ("b", "x"), ("c", "y")):
+        model = host(0)
+        inject(model, rank=1, targets=targets, name=name)
+        paths[name] = Path(lora_core.save(model, folder / name).path)
+    return paths
+
+
+def host(frozen: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"x": nn.Linear(2, 2), "n": nn.LayerNorm(2), "y": nn.Linear(2, 2)})
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(not frozen >> i & 1)
+    return model
+
+
+STEPS = st.one_of(
+    st.tuples(
+        st.just("inject"), st.sampled_from("abc"), st.sampled_from(["*", "x"]), st.booleans()
+    ),
+    st.tuples(st.just("load"), st.sampled_from("abc")),
+    st.tuples(st.just("eject"), st.sampled_from("abc")),
+)
+
+
+def take(model: nn.Module, files: dict[str, Path], step: tuple[object, ...]) -> None:
+    verb, name, *wishes = step
+    if verb == "inject":
+        inject(model, rank=1, name=name, targets=wishes[0], freeze=wishes[1])
+    elif verb == "load":
+        lora_core.load(model, files[name], name=name)
+    else:
+        eject(model, name)
+
+
+@given(st.integers(0, 63), st.lists(STEPS, max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_after_an_eject_every_flag_is_as_if_that_adapter_had_never_come(files, frozen, steps):
+    model, arrivals = host(frozen), {}
+    for step in steps:
+        verb, name = step[:2]
+        if (verb == "eject") != (name in arrivals):
+            continue
+        take(model, files, step)
+        if verb == "eject":
+            del arrivals[name]
+        else:
+            arrivals[name] = step
+        replayed = host(frozen)
+        for arrival in arrivals.values():
+            take(replayed, files, arrival)
+        assert flags(model) == flags(replayed)
+    if arrivals:
+        eject(model)
+    assert flags(model) == flags(host(frozen))
+    assert not any("lora_frozen" in vars(m) for m in model.modules())
+
+
+def test_ejecting_the_middle_of_three_leaves_the_first_frozen(net):
+    for name in ("a", "b", "c"):
+        inject(net, rank=2, name=name, targets="head")
+    eject(net, "b")
+    assert [n for n, flag in flags(net).items() if flag] == [
+        "head.lora_A_c",
+        "head.lora_B_c",
+    ]
+    eject(net, "c")
+    assert [n for n, flag in flags(net).items() if flag] == [
+        "head.lora_A_a",
+        "head.lora_B_a",
+    ]
+
+
+def test_flags_left_by_layers_ejected_one_by_one_are_given_back(net, portrait):
+    mix_flags(net)
+    for p in net.parameters():
+        p.grad = None
+    before = portrait(net)
+    report = inject(net)
+    for layer in report.layers:
+        eject(net.get_submodule(layer.name))
+    assert not any(isinstance(m, LoRAMixin) for m in net.modules())
+    assert not any(flags(net)[n] for n in ("head.weight", "head.bias"))
+    assert eject(net).restored > 0
     assert portrait(net) == before
 
 
@@ -535,8 +657,7 @@ def grafted(model: nn.Module, name: str) -> Callable[[], object]:
         surgery.Graft(host, twin.lora_configs[name], *twin.factors(name))
         for host, twin in zip(chosen, (source["to_q"], source["to_k"]), strict=True)
     ]
-    frozen = [(m, p) for m in model.modules() for p in m._parameters]
-    return lambda: surgery.graft(name, grafts, frozen)
+    return lambda: surgery.graft(list(model.modules()), name, grafts)
 
 
 def ungraft(model: nn.Module, portrait: Callable[[nn.Module], object], before: object) -> None:

@@ -1,6 +1,7 @@
 """Merging keeps the function; un-merging gives every bit back."""
 
 import copy
+import pickle
 import re
 import sys
 import threading
@@ -313,6 +314,33 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own() -> None:
     lora_core.unmerge(twin)
     assert_bits(twin, before)
     assert model[0].lora_merged is not None
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_copy_made_while_disabled_is_the_unmerged_base(
+    duplicate: Callable[[nn.Module], nn.Module], tied: bool
+) -> None:
+    body, x = adapted(layers=2), torch.randn(4, 6)
+    model = nn.Sequential(*body, nn.Linear(6, 6))
+    if tied:
+        model[2].weight = model[0].weight
+    expected = model(x)
+    lora_core.merge(model, untie=True)
+    merged = weights(model)
+    with lora_core.disabled(model):
+        base, twin = model(x), duplicate(model)
+    assert_bits(model, merged)
+    assert torch.equal(twin(x), base)
+    assert [layer.lora_merged for layer in twin[:2]] == [None, None]
+    assert (twin[2].weight is twin[0].weight) == tied
+    lora_core.scales(twin, default=1.0)
+    assert torch.equal(twin(x), expected)
+    lora_core.merge(twin, untie=True)
+    lora_core.unmerge(twin)
+    lora_core.eject(twin)
+    assert torch.equal(twin(x), base)
+    assert [type(m) for m in twin] == [nn.Linear] * 3
 
 
 def test_moving_a_merged_model_to_another_dtype_unmerges_to_that_dtype() -> None:

@@ -498,12 +498,6 @@ RULE = "Every layer that `targets` names must be adaptable, but "
         ),
         (
             lambda: nn.TransformerEncoderLayer(4, 2, 4),
-            "linear1",
-            "'linear1' (Linear) is bypassed by the fast path of nn.TransformerEncoderLayer in"
-            " evaluation, so an adapter would have no effect there.",
-        ),
-        (
-            lambda: nn.TransformerEncoderLayer(4, 2, 4),
             nn.Linear,
             "'self_attn.out_proj' (NonDynamicallyQuantizableLinear) is never called:"
             " nn.MultiheadAttention reads its weight itself, so an adapter would have no effect.",
@@ -525,7 +519,7 @@ RULE = "Every layer that `targets` names must be adaptable, but "
             "'a' (Linear) has a weight that is no floating-point tensor.",
         ),
     ],
-    ids=["mha", "encoder", "all", "lazy", "patched", "int8"],
+    ids=["mha", "all", "lazy", "patched", "int8"],
 )
 @pytest.mark.parametrize("verb", [plan, inject])
 def test_a_layer_on_which_an_adapter_would_do_nothing_is_refused(

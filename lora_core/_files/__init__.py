@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,7 @@ from lora_core._files.fingerprint import differing, fingerprint
 from lora_core._files.native import AdapterFile, FileLayer
 from lora_core._injection import Candidate, Graft, graft, walk
 from lora_core._injection.planning import describe
-from lora_core._layers import is_factor, sizes
+from lora_core._layers import sizes
 from lora_core._reports import Report, SaveReport, count
 
 __all__ = ["load", "save"]
@@ -151,7 +151,8 @@ def load(
         check_name(name)
     file = _read(path)
     name = file.name if name is None else name
-    found, missing = _resolve(model, file, os.fspath(path), strict)
+    candidates = walk(model)
+    found, missing = _resolve(model, candidates, file, os.fspath(path), strict)
     notes = [f"not in the model: {listed(missing)}"] if missing else []
     if check_base:
         notes += _compare(file, found, os.fspath(path), strict)
@@ -163,7 +164,7 @@ def load(
         configs.append(AdapterConfig(layer.rank, layer.alpha, layer.dropout, layer.lora_A.dtype))
         grafts.append(_graft(candidate, layer, configs[-1]))
     report = describe(
-        model,
+        candidates,
         name,
         list(found.values()),
         configs,
@@ -171,13 +172,7 @@ def load(
         freeze=True,
         notes=tuple(notes),
     )
-    host = [
-        (module, parameter)
-        for module in model.modules()
-        for parameter in module._parameters
-        if not is_factor(module, parameter)
-    ]
-    graft(name, grafts, host, strength)
+    graft([c.module for c in candidates], name, grafts, strength, others=False)
     training = count([p for p in model.parameters() if p.requires_grad])
     return replace(report, trainable=training, metadata=file.metadata)
 
@@ -219,10 +214,13 @@ def _read(path: str | os.PathLike[str]) -> AdapterFile:
 
 
 def _resolve(
-    model: nn.Module, file: AdapterFile, where: str, strict: bool
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    file: AdapterFile,
+    where: str,
+    strict: bool,
 ) -> tuple[dict[str, Candidate], list[str]]:
     """The model's layer for each of the file's, and the names that the model lacks."""
-    candidates = walk(model)
     by_name = {name: c for c in candidates if c.adaptable for name in c.names}
     found = {name: by_name[name] for name in file.layers if name in by_name}
     missing = [name for name in file.layers if name not in by_name]

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core._adapters import adapted_layers
 from lora_core._config import AdapterConfig, check_name
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._injection.targets import (
@@ -87,19 +86,20 @@ def draw_up(
     rules: Mapping[str, Mapping[str, Any]],
     name: str,
     freeze: bool,
-) -> tuple[Report, list[Candidate]]:
-    """The report of `plan`, with the modules it speaks of in the same order."""
+) -> tuple[Report, list[Candidate], list[nn.Module]]:
+    """The report of `plan`, the layers it speaks of in the same order, and all modules."""
     check_name(name)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be an nn.Module, but is {type(model).__name__}.")
-    chosen, left_out = choose(walk(model), targets, exclude)
+    candidates = walk(model)
+    chosen, left_out = choose(candidates, targets, exclude)
     configs = _configure(chosen, settings, rules)
-    report = describe(model, name, chosen, configs, left_out, freeze=freeze)
-    return report, chosen
+    report = describe(candidates, name, chosen, configs, left_out, freeze=freeze)
+    return report, chosen, [c.module for c in candidates]
 
 
 def describe(
-    model: nn.Module,
+    candidates: Sequence[Candidate],
     name: str,
     chosen: Sequence[Candidate],
     configs: Sequence[AdapterConfig],
@@ -108,22 +108,23 @@ def describe(
     freeze: bool,
     notes: tuple[str, ...] = (),
 ) -> Report:
-    """The report for these layers; raises if the name is taken on one, or one is merged."""
-    check_room(model, name, chosen)
+    """The report for these layers of all; raises if the name is taken, or one is merged."""
+    check_room(candidates, name, chosen)
     layers = tuple(
         LayerReport(c.name, _host_name(c.module), *sizes(c.module), config, c.names[1:])
         for c, config in zip(chosen, configs, strict=True)
     )
     added = sum(layer.parameters for layer in layers)
-    before = list(model.parameters())
+    before = list(
+        {p: None for c in candidates for p in c.module._parameters.values() if p is not None}
+    )
     training = 0 if freeze else count([p for p in before if p.requires_grad])
     return Report(name, layers, left_out, training + added, count(before) + added, notes)
 
 
-def check_room(model: nn.Module, name: str, chosen: Sequence[Candidate]) -> None:
+def check_room(candidates: Sequence[Candidate], name: str, chosen: Sequence[Candidate]) -> None:
     """Refuses a taken name anywhere in the model, and merged layers."""
-    layers = adapted_layers(model)
-    taken = [n for n, layer in layers.items() if name in layer.lora_configs]
+    taken = [c.name for c in candidates if name in vars(c.module).get("lora_configs", ())]
     if taken:
         raise AdapterError(
             f"`name` must be new to the model, but {name!r} is on {listed(taken)}."
@@ -135,11 +136,12 @@ def check_room(model: nn.Module, name: str, chosen: Sequence[Candidate]) -> None
             f"A layer must be unmerged to take an adapter, but {listed(merged)} is merged."
             " Call `unmerge(model)` first."
         )
-    clash = [c.name for c in chosen if hasattr(c.module, f"lora_A_{name}")]
+    new = f"lora_A_{name}"
+    clash = [c.name for c in chosen if hasattr(c.module, new)]
     if clash:
         raise AdapterError(
             f"`name` must be new to every layer, but {listed(clash)} has an attribute"
-            f" 'lora_A_{name}' of its own. Choose another name."
+            f" {new!r} of its own. Choose another name."
         )
 
 

@@ -1,20 +1,28 @@
 """The acting half of injection: one transaction that attaches, and its inverse."""
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_core._adapters import adapted_layers, layers_with
+from lora_core._adapters import clean, layers_with
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
+from lora_core._injection.guarding import settle
 from lora_core._injection.planning import draw_up
 from lora_core._injection.targets import Patterns
-from lora_core._layers import FROZEN, LoRAMixin, adapted_class, attach, detach, fresh_factors
+from lora_core._layers import (
+    FROZEN,
+    LoRAMixin,
+    adapted_class,
+    attach,
+    detach,
+    factor_names,
+    fresh_factors,
+)
 from lora_core._reports import EjectReport, Report, count
 
 
@@ -44,8 +52,9 @@ def inject(
     """Puts a fresh adapter on layers of `model`, in place, all or nothing; changes no output.
 
     Takes the arguments of `plan` and returns its report. The adapter joins the active ones at
-    strength 1. With `freeze` everything else stops training and drops its gradient (an optimiser
-    would go on stepping with it); `eject` gives every flag back. Without it no flag changes.
+    strength 1. With `freeze` everything else stops training and drops its gradient, what was frozen
+    before too (an optimiser would go on stepping with it); `eject` gives every flag back, but no
+    gradient. Without it nothing of that changes.
 
     The first factors are drawn from one number of the global generator and the layer's name:
     the same seed gives a layer the same bits whatever else is adapted.
@@ -65,7 +74,7 @@ def inject(
         ['to_q.lora_A_default', 'to_q.lora_B_default']
     """
     settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "dtype": dtype}
-    report, chosen = draw_up(
+    report, chosen, modules = draw_up(
         model,
         settings,
         targets=targets,
@@ -82,33 +91,48 @@ def inject(
         generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
         factors = fresh_factors(candidate.module, layer.config, generator)
         grafts.append(Graft(candidate.module, layer.config, *factors))
-    frozen = [(m, p) for m in model.modules() for p in m._parameters] if freeze else []
-    graft(name, grafts, frozen)
+    graft(modules, name, grafts, freeze=freeze)
     return report
 
 
 def graft(
+    modules: Sequence[nn.Module],
     name: str,
     grafts: Sequence[Graft],
-    frozen: Iterable[tuple[nn.Module, str]] = (),
     strength: float = 1.0,
+    *,
+    freeze: bool = True,
+    others: bool = True,
 ) -> None:
-    """Attaches one adapter to layers and freezes parameters, entirely or not at all."""
-    with ExitStack() as undo:
-        for module, parameter in frozen:
-            _freeze(module, parameter, name, undo)
+    """Attaches one adapter to layers and freezes the rest, entirely or not at all.
+
+    Args:
+        modules: Every module of the model, its root first.
+        name: The adapter's name.
+        grafts: What to attach to which of them.
+        strength: The adapter's strength.
+        freeze: Whether to freeze what is there.
+        others: Whether that includes the factors of other adapters.
+    """
+    with_parameters = [m for m in modules if m._parameters]
+    before = [_snapshot(m) for m in with_parameters]
+    try:
+        for module in with_parameters if freeze else ():
+            _freeze(module, name, others=others)
         for g in grafts:
-            undo.callback(_snapshot(g.module))
             attach(g.module, name, g.config, g.lora_A, g.lora_B, strength)
-        undo.pop_all()
+        settle(modules[0])
+    except BaseException:
+        _restore(before)
+        settle(modules[0])
+        raise
 
 
 def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     """Takes an adapter (None: all of them) off `model`, in place, and frees its memory.
 
     The host's classes, keys, attributes and bits are then those it had before, and every
-    `requires_grad` flag that the injection changed is set back once nothing is left that
-    relies on it.
+    `requires_grad` flag is as if the adapter had never come.
 
     Raises:
         AdapterError: If there is no such adapter, or none at all.
@@ -123,14 +147,16 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
         >>> type(block["to_q"]).__name__
         'Linear'
     """
+    named = {clean(n): m for n, m in model.named_modules()}
     orphans = {
         adapter: None
-        for module in model.modules()
+        for module in named.values()
         for adapter in vars(module).get(FROZEN, ())
         if name in (None, adapter)
     }
     # flags may be left to restore after the layers themselves were ejected one by one
-    layers = layers_with(model, name) if adapted_layers(model) or not orphans else {}
+    bare = not any(isinstance(m, LoRAMixin) for m in named.values())
+    layers = {} if bare and orphans else layers_with(model, name)
     names = (
         [name] if name is not None else list({**dict.fromkeys(_names(layers.values())), **orphans})
     )
@@ -159,13 +185,18 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     gone = count(
         [p for m in layers.values() for n in m.lora_configs if n in names for p in m.factors(n)]
     )
-    with ExitStack() as undo:
+    changed = [m for m in named.values() if FROZEN in vars(m) or isinstance(m, LoRAMixin)]
+    before = [_snapshot(m) for m in changed]
+    try:
         for layer in layers.values():
-            undo.callback(_snapshot(layer))
             for adapter in [n for n in names if n in layer.lora_configs]:
                 detach(layer, adapter)
-        restored = sum(_thaw(model, names, undo))
-        undo.pop_all()
+        restored = sum(_thaw(m, names) for m in changed)
+        settle(model)
+    except BaseException:
+        _restore(before)
+        settle(model)
+        raise
     return EjectReport(tuple(names), tuple(layers), gone, restored)
 
 
@@ -173,69 +204,79 @@ def _names(layers: Iterable[LoRAMixin]) -> list[str]:
     return list(dict.fromkeys(name for layer in layers for name in layer.lora_configs))
 
 
-def _snapshot(module: nn.Module) -> Callable[[], None]:
-    """A call that puts the module's class, attributes and parameter table back."""
-    cls, attributes, own = type(module), dict(vars(module)), dict(module._parameters)
+# a module, its class, attributes, parameters and hooks, and the parameters' flags and gradients
+_Snapshot = tuple[
+    nn.Module,
+    type[nn.Module],
+    dict[str, Any],
+    dict[str, nn.Parameter | None],
+    dict[int, Any],
+    list[tuple[nn.Parameter, bool, torch.Tensor | None]],
+]
 
-    def restore() -> None:
+
+def _snapshot(module: nn.Module) -> _Snapshot:
+    parameters = module._parameters
+    flags = [(p, p.requires_grad, p.grad) for p in parameters.values() if p is not None]
+    hooks = dict(module._forward_pre_hooks)
+    return module, type(module), dict(vars(module)), dict(parameters), hooks, flags
+
+
+def _restore(before: Sequence[_Snapshot]) -> None:
+    for module, cls, attributes, parameters, hooks, flags in before:
         module.__class__ = cls
         vars(module).clear()
         vars(module).update(attributes)
         module._parameters.clear()
-        module._parameters.update(own)
-
-    return restore
-
-
-def _freeze(module: nn.Module, parameter: str, adapter: str, undo: ExitStack) -> None:
-    p = module._parameters[parameter]
-    if p is None:
-        return
-    was, grad, record = p.requires_grad, p.grad, vars(module).get(FROZEN)
-    # what an earlier injection froze is relied on by this one too
-    if not was and not any(parameter in held for held in (record or {}).values()):
-        return
-
-    def restore() -> None:
-        p.requires_grad_(was)
-        p.grad = grad
-        _record(module, record)
-
-    undo.callback(restore)
-    mine = (record or {}).get(adapter, ())
-    _record(module, {**(record or {}), adapter: (*mine, parameter) if was else mine})
-    p.requires_grad_(False)
-    p.grad = None
+        module._parameters.update(parameters)
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update(hooks)
+        for p, flag, grad in flags:
+            p.requires_grad_(flag)
+            p.grad = grad
 
 
-def _thaw(model: nn.Module, names: Sequence[str], undo: ExitStack) -> Iterable[int]:
-    """Sets back the flags that these adapters' injections changed; yields 1 for each.
-
-    While adapters stay that rely on it, the host stays frozen: its flags pass to one of those.
-    """
-    for module in model.modules():
-        record = vars(module).get(FROZEN)
-        if record is None:
+def _freeze(module: nn.Module, adapter: str, *, others: bool) -> None:
+    """Freezes a module's parameters, drops their gradients, and notes what trained."""
+    record = vars(module).get(FROZEN, {})
+    held = {key for found in record.values() for key in found}
+    spared = set() if others else factor_names(vars(module).get("lora_configs", ()))
+    found = {}
+    for key, p in module._parameters.items():
+        if p is None or key in spared:
             continue
-        heirs = [n for n in record if n not in names]
-        mine = [p for name in names for p in record.get(name, ())]
-        back = [p for p in mine if not heirs or p.startswith(("lora_A_", "lora_B_"))]
-        kept = {n: ps for n, ps in record.items() if n not in names}
-        passed = tuple(p for p in mine if p not in back)
-        if passed:
-            kept[heirs[0]] = (*kept.get(heirs[0], ()), *passed)
-        undo.callback(_record, module, record)
-        _record(module, kept or None)
-        for name in back:
-            p = module._parameters.get(name)
-            if p is not None:
-                undo.callback(p.requires_grad_, p.requires_grad)
+        # what an earlier arrival froze is relied on by this one too
+        if p.requires_grad or key in held:
+            found[key] = p.requires_grad
+        p.requires_grad_(False)
+        p.grad = None
+    if found:
+        vars(module)[FROZEN] = {**record, adapter: found}
+
+
+def _thaw(module: nn.Module, names: Sequence[str]) -> int:
+    """Makes flags what they would be had these adapters never come; how many now train again.
+
+    What an adapter found training passes to the next one that keeps it frozen; where there is
+    none, it trains again.
+    """
+    record = dict(vars(module).get(FROZEN, {}))
+    gone, order, restored = factor_names(names), list(record), 0
+    for i, name in enumerate(order):
+        if name not in names:
+            record[name] = {key: flag for key, flag in record[name].items() if key not in gone}
+            continue
+        for key in [key for key, trained in record.pop(name).items() if trained]:
+            p = module._parameters.get(key)
+            heir = next((n for n in order[i + 1 :] if key in record[n]), None)
+            if heir is not None:
+                record[heir] = {**record[heir], key: True}
+            elif p is not None:
                 p.requires_grad_(True)
-                yield 1
-
-
-def _record(module: nn.Module, record: dict[str, tuple[str, ...]] | None) -> None:
-    if record is None:
-        vars(module).pop(FROZEN, None)
-    else:
+                restored += 1
+    record = {name: found for name, found in record.items() if found}
+    if record:
         vars(module)[FROZEN] = record
+    else:
+        vars(module).pop(FROZEN, None)
+    return restored

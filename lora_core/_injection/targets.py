@@ -4,13 +4,12 @@ import difflib
 import fnmatch
 import inspect
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import nn
 
-from lora_core._adapters import clean
 from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
 from lora_core._layers import mixin_for, why_not
 
@@ -123,59 +122,48 @@ _LAST_NAMES = {
 
 def walk(model: nn.Module) -> list[Candidate]:
     """Every module of `model` once, with all its names, in the order of `named_modules`."""
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    parents: dict[int, list[tuple[nn.Module, str]]] = {}
-    for name, module, parent in _visit(model, "", (), None, Counter()):
-        names.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-        if parent is not None:
-            parents.setdefault(id(module), []).append((parent, name.rpartition(".")[2]))
+    seen: _Seen = {}
+    _visit(model, "", (), seen)
     found = []
-    for key, module in modules.items():
+    for module, (names, parents) in seen.items():
         adaptable = mixin_for(module) is not None
-        problem = (why_not(module) or _bypass(parents.get(key, []))) if adaptable else ""
-        found.append(Candidate(tuple(names[key]), module, adaptable, problem))
+        problem = (why_not(module) or _bypass(parents)) if adaptable else ""
+        found.append(Candidate(tuple(names), module, adaptable, problem))
     return found
 
 
-def _visit(
-    module: nn.Module,
-    name: str,
-    above: tuple[int, ...],
-    parent: nn.Module | None,
-    seen: Counter[int],
-) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    seen[id(module)] += 1
+# a module, its dotted names, and its parents with what they call it
+_Seen = dict[nn.Module, tuple[list[str], list[tuple[nn.Module, str]]]]
+
+
+def _visit(module: nn.Module, name: str, above: tuple[nn.Module, ...], seen: _Seen) -> None:
+    names, parents = seen.setdefault(module, ([], []))
     # a module that contains itself, or whose names would multiply without end
-    if id(module) in above or seen[id(module)] > _MOST_NAMES:
+    if module in above or len(names) == _MOST_NAMES:
         return
-    yield name, module, parent
-    for child_name, child in module._modules.items():
-        if child is not None:
-            child_path = clean(f"{name}.{child_name}".lstrip("."))
-            yield from _visit(child, child_path, (*above, id(module)), module, seen)
+    names.append(name)
+    parents += [(parent, name.rpartition(".")[2]) for parent in above[-1:]]
+    for child, part in [(c, n) for n, c in module._modules.items() if c is not None]:
+        # torch.compile's wrapper is not seen
+        dotted = name if part == "_orig_mod" else f"{name}.{part}".lstrip(".")
+        _visit(child, dotted, (*above, module), seen)
 
 
 def _bypass(parents: list[tuple[nn.Module, str]]) -> str:
     """Names the parent that reads this layer's weight itself and never calls the layer."""
     for parent, name in parents:
-        if name in _LAST_NAMES and _reads_weights(parent):
+        if name in _LAST_NAMES and _reads_weights(type(parent)):  # type: ignore[arg-type]
             return (
                 f"is never called: {_kind(parent)} reads its weight itself, so an adapter"
                 " would have no effect. Exclude it."
             )
-        if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
-            return (
-                "is bypassed by the fast path of nn.TransformerEncoderLayer in evaluation, so an"
-                " adapter would have no effect there. Exclude it."
-            )
     return ""
 
 
-def _reads_weights(module: nn.Module) -> bool:
-    """Whether its class hands weights to `F.multi_head_attention_forward` instead of calling."""
-    kinds = type(module).__mro__
+@lru_cache
+def _reads_weights(cls: type) -> bool:
+    """Whether this class hands weights to `F.multi_head_attention_forward` instead of calling."""
+    kinds = cls.__mro__
     methods = [m for kind in kinds[: kinds.index(nn.Module)] for m in vars(kind).values()]
     code = [inspect.unwrap(m).__code__ for m in methods if inspect.isfunction(m)]
     return any("multi_head_attention_forward" in c.co_names for c in code)
@@ -243,15 +231,17 @@ def matches(pattern: Pattern, candidate: Candidate) -> bool:
     that a bare word is the last segment and "to_out.0" finds every such pair of segments.
     """
     if isinstance(pattern, str):
-        return any(
-            fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-            for name in candidate.names
-        )
+        pattern = _glob(pattern)
     if isinstance(pattern, re.Pattern):
         return any(pattern.fullmatch(name) for name in candidate.names)
     if isinstance(pattern, type_):
         return isinstance(candidate.module, pattern)
     return any(bool(pattern(name, candidate.module)) for name in candidate.names)
+
+
+@lru_cache
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?s:.*\.)?(?:{fnmatch.translate(pattern)})")
 
 
 def choose(
@@ -353,7 +343,7 @@ def _no_match(what: str, pattern: Pattern, among: Sequence[Candidate], kind: str
 
 
 def _no_attention(candidates: Sequence[Candidate], adaptable: Sequence[Candidate]) -> TargetError:
-    fused = [c for c in candidates if _reads_weights(c.module)]
+    fused = [c for c in candidates if _reads_weights(type(c.module))]  # type: ignore[arg-type]
     why = (
         f" {listed([c.name for c in fused])}: {_kind(fused[0].module)} reads its weights itself and"
         " has no layer to adapt."

@@ -3,15 +3,23 @@
 from lora_core._layers.attaching import (
     attach,
     detach,
+    factor_names,
     fresh_factors,
-    is_factor,
     layer_config,
     mixin_for,
+    non_finite,
     sizes,
     why_not,
 )
 from lora_core._layers.linear import LoRALinear
-from lora_core._layers.mixin import FROZEN, LoRAMixin, Merged, Selection, adapted_class
+from lora_core._layers.mixin import (
+    FROZEN,
+    LoRAMixin,
+    Merged,
+    Selection,
+    adapted_class,
+    refuse_merged,
+)
 
 __all__ = [
     "FROZEN",
@@ -22,10 +30,12 @@ __all__ = [
     "adapted_class",
     "attach",
     "detach",
+    "factor_names",
     "fresh_factors",
-    "is_factor",
     "layer_config",
     "mixin_for",
+    "non_finite",
+    "refuse_merged",
     "sizes",
     "why_not",
 ]

@@ -1,5 +1,7 @@
 """Putting an adapter on one layer and taking it off, with the checks that come before."""
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -52,10 +54,19 @@ def why_not(module: nn.Module) -> str:
     return ""
 
 
-def is_factor(module: nn.Module, parameter: str) -> bool:
-    """Whether this parameter of a module belongs to an adapter rather than to the host."""
-    names = module.lora_configs if isinstance(module, LoRAMixin) else ()
-    return any(parameter in (f"lora_A_{name}", f"lora_B_{name}") for name in names)
+def factor_names(adapters: Iterable[str]) -> set[str]:
+    """The names that the parameters of these adapters have on a layer."""
+    return {f"lora_{letter}_{name}" for name in adapters for letter in "AB"}
+
+
+def non_finite(factors: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    """The layers one of whose factors holds NaN or infinity; few operations where none does."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for f in (f for pair in factors.values() for f in pair):
+        groups.setdefault((f.device, f.dtype), []).append(f.detach().reshape(-1))
+    if all(bool(torch.cat(group).isfinite().all()) for group in groups.values()):
+        return []
+    return [n for n, pair in factors.items() if not all(bool(f.isfinite().all()) for f in pair)]
 
 
 def layer_config(
@@ -94,6 +105,10 @@ def fresh_factors(
         return nn.Parameter(lora_A.to(device, config.dtype)), nn.Parameter(lora_B)  # type: ignore[arg-type]
 
 
+def call_me(module: nn.Module, args: tuple[object, ...]) -> None:
+    """A forward pre-hook that does nothing: torch's fused paths call a layer that has one."""
+
+
 def attach(
     module: nn.Module,
     name: str,
@@ -106,27 +121,27 @@ def attach(
     if not isinstance(module, LoRAMixin):
         module.__class__ = adapted_class(type(module))
     assert isinstance(module, LoRAMixin)
-    if "lora_configs" not in vars(module):
-        module.lora_configs = {}
-        module.lora_selection = Selection((), (), ())
-        module.lora_merged = None
+    own = vars(module)  # torch's own way to set an attribute looks for parameters first
+    if "lora_configs" not in own:
+        own |= {"lora_configs": {}, "lora_selection": Selection((), (), ()), "lora_merged": None}
     module.register_parameter(f"lora_A_{name}", lora_A)
     module.register_parameter(f"lora_B_{name}", lora_B)
-    module.lora_configs = {**module.lora_configs, name: config}
+    own["lora_configs"] = {**module.lora_configs, name: config}
     names, strengths, _ = module.lora_selection
-    module.lora_selection = module.select(
-        {**dict(zip(names, strengths, strict=True)), name: strength}
-    )
+    chosen = {**dict(zip(names, strengths, strict=True)), name: strength}
+    own["lora_selection"] = module.select(chosen)
 
 
 def detach(module: LoRAMixin, name: str) -> None:
     """Takes one adapter off a layer, in place; with the last one goes every trace."""
+    own = vars(module)
     names, strengths, _ = module.lora_selection
     kept = {n: s for n, s in zip(names, strengths, strict=True) if n != name}
-    module.lora_selection = module.select(kept)
-    delattr(module, f"lora_A_{name}")
-    delattr(module, f"lora_B_{name}")
-    module.lora_configs = {n: c for n, c in module.lora_configs.items() if n != name}
-    if not module.lora_configs:
-        del module.lora_configs, module.lora_selection, module.lora_merged
+    own["lora_selection"] = module.select(kept)
+    del module._parameters[f"lora_A_{name}"], module._parameters[f"lora_B_{name}"]
+    own["lora_configs"] = {n: c for n, c in module.lora_configs.items() if n != name}
+    if not own["lora_configs"]:
+        del own["lora_configs"], own["lora_selection"], own["lora_merged"]
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is call_me]:
+            del module._forward_pre_hooks[key]
         module.__class__ = module.host_class  # type: ignore[assignment]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._config import check_name
 from lora_core._errors import UnsupportedLayerError
-from lora_core._layers.attaching import attach, fresh_factors, layer_config, why_not
+from lora_core._layers.attaching import attach, call_me, fresh_factors, layer_config, why_not
 from lora_core._layers.mixin import ADAPTED, FROZEN, LoRAMixin
 
 
@@ -81,11 +81,13 @@ class LoRALinear(LoRAMixin, nn.Linear):
         self.training = linear.training
         frozen = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         if frozen:
-            vars(self)[FROZEN] = {name: tuple(n for n, _ in frozen)}
-        for _, p in frozen:
+            vars(self)[FROZEN] = {name: dict.fromkeys((n for n, _ in frozen), True)}
+        for p in self.parameters():
             p.requires_grad_(False)
             p.grad = None  # an optimiser would go on stepping with it
         attach(self, name, config, *factors)
+        # placed by hand, nobody tells the nn.TransformerEncoderLayer above
+        self.register_forward_pre_hook(call_me)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
         active = self.active_factors()

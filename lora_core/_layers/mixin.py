@@ -5,7 +5,7 @@ attributes and identity survive.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
@@ -15,8 +15,9 @@ from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError, MergeError, listed
 
-# attribute of a module: adapter -> names of the parameters that its arrival froze
+# attribute of a module: adapter -> parameters that it keeps frozen, and whether each trained before
 FROZEN = "lora_frozen"
+_MARK = "lora_merged"  # key beside a merged weight in a state dict
 
 
 class Selection(NamedTuple):
@@ -55,8 +56,9 @@ def reset(lora_A: Tensor, lora_B: Tensor, generator: torch.Generator | None = No
     `lora_A` Kaiming-uniform with a = sqrt(5), `lora_B` zero.
     """
     with torch.no_grad():
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
-        nn.init.zeros_(lora_B)
+        bound = 1 / math.sqrt(lora_A.shape[1])  # what nn.init.kaiming_uniform_ works out
+        lora_A.uniform_(-bound, bound, generator=generator)
+        lora_B.zero_()
 
 
 class LoRAMixin(nn.Module):
@@ -129,22 +131,25 @@ class LoRAMixin(nn.Module):
     def select(self, strengths: dict[str, float]) -> Selection:
         """The selection with these strengths, of the adapters that this layer has."""
         mine = {name: s for name, s in strengths.items() if name in self.lora_configs}
-        device = self.weight.device
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        limit = torch.finfo(dtype).max
-        for name, s in mine.items():
-            if not abs(s * self.lora_configs[name].scale) <= limit:
-                raise ConfigError(
-                    f"`strength * alpha / rank` must be at most {limit:.3g}, but is"
-                    f" {s * self.lora_configs[name].scale:.3g} for {name!r}. Choose smaller values."
-                )
+        return Selection(
+            tuple(mine), tuple(mine.values()), tuple(self._gain(n, s) for n, s in mine.items())
+        )
+
+    def _gain(self, name: str, strength: float) -> Tensor:
+        weight = self.weight
+        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        for known, s, gain in zip(*self.lora_selection, strict=True):
+            if (known, s, gain.device, gain.dtype) == (name, strength, device, dtype):
+                return gain
+        value, limit = strength * self.lora_configs[name].scale, torch.finfo(dtype).max
+        if not abs(value) <= limit:
+            raise ConfigError(
+                f"`strength * alpha / rank` must be at most {limit:.3g}, but is {value:.3g} for"
+                f" {name!r}. Choose smaller values."
+            )
         # a selection made in inference mode must be usable in training
         with torch.inference_mode(mode=False):
-            gains = tuple(
-                torch.tensor(s * self.lora_configs[n].scale, dtype=dtype, device=device)
-                for n, s in mine.items()
-            )
-        return Selection(tuple(mine), tuple(mine.values()), gains)
+            return torch.tensor(value, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         hollow = [name for name in self.lora_configs if self.factors(name)[0].is_meta]
@@ -158,16 +163,7 @@ class LoRAMixin(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        here = self.lora_merged is not None
-        if here or f"{prefix}lora_merged" in state_dict:
-            raise MergeError(
-                "A state dict must be saved and loaded unmerged, but {} is merged at {!r}: an"
-                " update could be lost or applied twice. Call `unmerge(model)` {}.".format(
-                    "the model" if here else "the state dict",
-                    prefix.rstrip("."),
-                    "first" if here else "before `state_dict()`",
-                )
-            )
+        refuse_merged(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _save_to_state_dict(
@@ -175,17 +171,47 @@ class LoRAMixin(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.lora_merged is not None:  # the weights hold the update: the dict says so
-            destination[f"{prefix}lora_merged"] = torch.tensor(True)
+            destination[f"{prefix}{_MARK}"] = torch.tensor(True)
 
     def extra_repr(self) -> str:
         adapters = (f"{name}: rank={c.rank}, alpha={c.alpha:g}" for name, c in _configs(self))
         return ", ".join(filter(None, [super().extra_repr(), *adapters]))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        if type(self) is not adapted_class(self.host_class):
-            return reduced
-        return (_blank, (self.host_class,), *reduced[2:])
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, state, *rest = reduced
+        if type(self) is adapted_class(self.host_class):
+            make, arguments = _blank, (self.host_class,)
+        merged = vars(self).get("lora_merged")
+        if merged is not None and merged.merged is not None:
+            # inside `disabled`: the copy is the base that is shown, unmerged
+            weight = self.weight if merged.parameter is None else merged.parameter
+            state = {
+                **state,
+                "_parameters": {**self._parameters, "weight": weight},
+                "lora_selection": Selection((), (), ()),
+                "lora_merged": None,
+            }
+        return (make, arguments, state, *rest)
+
+
+def refuse_merged(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raises if a module below is merged, or the part of a state dict that is meant for it."""
+    here = [n for n, m in module.named_modules() if vars(m).get("lora_merged") is not None]
+    there = [
+        key.removeprefix(prefix).removesuffix(_MARK).rstrip(".")
+        for key in state_dict
+        if key.startswith(prefix) and f".{key}".endswith(f".{_MARK}")
+    ]
+    if here or there:
+        raise MergeError(
+            "A state dict must be saved and loaded unmerged, but {} is merged at {!r}: an update"
+            " could be lost or applied twice. Call `unmerge(model)` {}.".format(
+                "the model" if here else "the state dict",
+                (prefix + (here or there)[0]).rstrip("."),
+                "first" if here else "before `state_dict()`",
+            )
+        )
 
 
 def _configs(layer: LoRAMixin) -> list[tuple[str, AdapterConfig]]:

@@ -99,10 +99,11 @@ def _check_fresh(
     flags = {adapters.clean(n): p.requires_grad for n, p in model.named_parameters()}
     for n, p in bare.named_parameters():
         p.requires_grad_(flags[adapters.clean(n)])
-    with torch.no_grad():
+    with torch.no_grad(), _stepwise():
         plain, fresh = _outputs(bare(*inputs)), _outputs(model(*inputs))
     if not _same(plain, fresh):
-        base, now = _record(bare, inputs, names), _record(model, inputs, names)
+        with _stepwise():
+            base, now = _record(bare, inputs, names), _record(model, inputs, names)
         guilty = [n for n in base if not _same_calls(base[n], now.get(n, []))]
         raise LawError(f"law broken: {law}; layer {(guilty or ['(the model)'])[0]!r}")
 
@@ -182,6 +183,17 @@ class _Picture:
             _demand(_equal(p, self.values[name]), "eject restores every bit", name)
         extra = sorted(now.tensors.keys() - self.tensors.keys())
         _demand(not extra, law, *extra)
+
+
+@contextmanager
+def _stepwise() -> Iterator[None]:
+    """Switches off torch's fused encoders, which round otherwise and blank what is padded."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

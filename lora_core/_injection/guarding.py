@@ -1,0 +1,57 @@
+"""What must stand above adapted layers so that nothing passes them by in silence.
+
+- `load_state_dict` refuses a merged model, and a merged model's dict, before it copies anything.
+- The fused evaluation of `nn.TransformerEncoder(Layer)`, which reads weights and calls no layer,
+  is switched off for the very objects that hold an adapted layer.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lora_core._layers import LoRAMixin, refuse_merged
+
+# class -> the attribute, and its value, that torch's own check takes for a reason to call layers
+_SWITCHES: dict[type[nn.Module], tuple[str, object]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_SWITCHED = "lora_switched"  # attribute: what the switch stood at before
+
+
+def settle(model: nn.Module) -> None:
+    """Puts guards on every module above an adapted layer, and takes them off all others."""
+    above: dict[nn.Module, bool] = {}
+    _search(model, above)
+    for module, guarded in above.items():
+        hooks = [
+            key
+            for key, hook in module._load_state_dict_pre_hooks.items()
+            if getattr(hook, "hook", None) is refuse_merged
+        ]
+        if guarded and not hooks:
+            module.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
+        for key in () if guarded else hooks:
+            del module._load_state_dict_pre_hooks[key]
+        for name, slow in _switches(module):
+            own = vars(module)
+            if guarded and _SWITCHED not in own:
+                own |= {_SWITCHED: own[name], name: slow}
+            elif not guarded and _SWITCHED in own:
+                own[name] = own[_SWITCHED]
+                del own[_SWITCHED]
+
+
+def _search(module: nn.Module, above: dict[nn.Module, bool]) -> bool:
+    """Notes for each module whether an adapted layer is below; whether one is here or below."""
+    if module not in above:
+        above[module] = False  # a module may contain itself
+        found = [_search(child, above) for child in module._modules.values() if child is not None]
+        above[module] = any(found)
+    return above[module] or isinstance(module, LoRAMixin)
+
+
+def _switches(module: nn.Module) -> Iterator[tuple[str, object]]:
+    for kind, (name, slow) in _SWITCHES.items():
+        if isinstance(module, kind) and name in vars(module):
+            yield name, slow
