@@ -20,6 +20,7 @@ from benchmarks.contenders import (
     build,
     check,
     draw,
+    form,
 )
 from benchmarks.measure import (
     Rounds,
@@ -121,6 +122,7 @@ class Result:
         counts: By contender.
         absent: Why a contender is not here.
         wrong: Whose answer was wrong, and how.
+        form: Which form of the fused path ours took, and why.
     """
 
     case: Case
@@ -128,6 +130,7 @@ class Result:
     counts: Mapping[str, Counts]
     absent: Mapping[str, str]
     wrong: Mapping[str, str]
+    form: str = ""
 
 
 def jobs(device: str, quick: bool = False) -> list[Job]:
@@ -220,7 +223,7 @@ def measure(
         which: _timed(contenders, problem, which, rounds, device, at_least, attempts)
         for which in job.passes
     }
-    return Result(job.case, timed, counts, absent, wrong)
+    return Result(job.case, timed, counts, absent, wrong, form(problem))
 
 
 def count(contender: Contender, problem: Problem) -> Counts:

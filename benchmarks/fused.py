@@ -83,6 +83,8 @@ def as_text(result: Result) -> str:
             + f"{_size(counts.saved) if trained else '-':>12}{_size(counts.forward.nbytes):>12}"
             + f"{_size(counts.backward.nbytes) if trained else '-':>12}{ops:>8}{share:>8.3f}"
         )
+    if result.form:
+        lines.append(f"  ours by {result.form}")
     lines += [f"  no {name}: {why}" for name, why in result.absent.items()]
     lines += [f"  WRONG, not timed: {why}" for why in result.wrong.values()]
     return "\n".join(lines)
@@ -135,6 +137,7 @@ def _case_data(result: Result) -> dict[str, Any]:
         "counts": {name: asdict(counts) for name, counts in result.counts.items()},
         "absent": dict(result.absent),
         "wrong": dict(result.wrong),
+        "form": result.form,
     }
 
 
@@ -230,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=_rounds, metavar="N", help=f"rounds a case ({ROUNDS})")
     parser.add_argument("--only", type=_numbers, metavar="G1,G5", default=(), help="these goals")
-    parser.add_argument("--quick", action="store_true", help="tiny layers, no time is judged")
+    parser.add_argument("--quick", action="store_true", help="tiny layers, none is judged")
     parser.add_argument("--without-peers", action="store_true", help="without PEFT and the others")
     parser.add_argument(
         "--json", metavar="PATH", help="write the results here; - prints them, and no table"
@@ -292,7 +295,7 @@ def _measured(arguments: argparse.Namespace, names: Sequence[str]) -> list[Resul
 
 def _timeless(arguments: argparse.Namespace) -> str:
     if arguments.quick:
-        return "a quick run judges no time"
+        return goals.QUICK
     if arguments.device == "cuda":
         return "a goal for one CPU thread"
     return ""
