@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test interop check check-rest format lint types contracts coverage bench bench-smoke clean
+.PHONY: help demo test interop kernels check check-rest format lint types contracts coverage bench bench-smoke clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,9 +30,12 @@ test: $(VENV)/.test  ## the tests, doctests of docstrings and Markdown included
 interop: $(VENV)/.test $(VENV)/.interop  ## the tests against real models of other libraries
 	$(BIN)/python -m pytest tests/interop
 
+kernels: $(VENV)/.test $(VENV)/.kernels  ## the GPU kernels, interpreted and compiled; needs no GPU
+	$(BIN)/python -m pytest tests/kernels
+
 check: test check-rest  ## everything that must hold before a change lands
 
-check-rest: format lint types contracts coverage bench-smoke interop  ## what `check` does after the tests
+check-rest: format lint types contracts kernels coverage bench-smoke interop  ## what `check` does after the tests
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format --check .
