@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._adapters import layers_with, swap
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Merged
+from lora_core._layers import LoRAMixin, Merged, non_finite
 from lora_core._reports import MergeReport
 
 _SAMPLED_ROWS = 64
@@ -170,12 +170,13 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 def _check_factors(layers: dict[str, LoRAMixin]) -> None:
     """Refuses non-finite factors and strengths: cheap, and before any large product."""
-    bad = [
-        f"{name}.{adapter}"
-        for name, layer in layers.items()
-        for adapter in layer.lora_selection.names
-        if not all(bool(f.isfinite().all()) for f in layer.factors(adapter))
-    ]
+    bad = non_finite(
+        {
+            f"{name}.{adapter}": layer.factors(adapter)
+            for name, layer in layers.items()
+            for adapter in layer.lora_selection.names
+        }
+    )
     if bad:
         raise MergeError(
             f"An adapter must be finite to be merged, but {listed(bad)} holds NaN or infinity."

@@ -23,7 +23,7 @@ from lora_core._files.fingerprint import differing, fingerprint
 from lora_core._files.native import AdapterFile, FileLayer
 from lora_core._injection import Candidate, Graft, graft, walk
 from lora_core._injection.planning import describe
-from lora_core._layers import sizes
+from lora_core._layers import non_finite, sizes
 from lora_core._reports import Report, SaveReport, count
 
 __all__ = ["load", "save"]
@@ -84,7 +84,7 @@ def save(
             f"An adapter must have values to be saved, but that of {listed(hollow)} is on the meta"
             " device. Call `model.to_empty(device=...)` and train it first."
         )
-    bad = [n for n, factors in held.items() if not all(bool(f.isfinite().all()) for f in factors)]
+    bad = non_finite(held)
     if bad:
         raise ConfigError(
             f"An adapter must be finite to be saved, but that of {listed(bad)} holds NaN or"

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from lora_core._errors import ConfigError, CorruptFileError
@@ -61,11 +62,22 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file: equal for equal content, whatever the order of the keys."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-    plain = safetensors.torch.save(tensors)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, t in sorted(tensors.items()):
+        groups.setdefault(str(t.dtype), {})[name] = t.detach().cpu().reshape(-1)
+    # a tensor per dtype: safetensors takes as long for a small tensor as for a large one
+    plain = safetensors.torch.save(
+        {dtype: torch.cat(list(group.values())) for dtype, group in groups.items()}
+    )
     (size,) = struct.unpack("<Q", plain[:8])
-    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(plain[8 : 8 + size])}
     # safetensors itself writes metadata in random order
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    for dtype, whole in json.loads(plain[8 : 8 + size]).items():
+        end = whole["data_offsets"][0]
+        for name, t in groups[dtype].items():
+            start, end = end, end + t.numel() * t.element_size()
+            shape = list(tensors[name].shape)
+            header[name] = {"dtype": whole["dtype"], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _MAX_HEADER or len(tensors) > _MAX_TENSORS:

@@ -16,8 +16,9 @@ _SAMPLES = 4  # values per layer
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The samples of these layers' original weights, in the order of their names."""
-    values = [v for name in sorted(layers) for v in samples(original(layers[name]))]
-    dtypes = {str(original(m).dtype).removeprefix("torch.") for m in layers.values()}
+    weights = [original(layers[name]) for name in sorted(layers)]
+    values = [value for row in samples(weights) for value in row]
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights}
     return {
         "dtype": sorted(dtypes, key=lambda name: -_eps(name))[0],
         "samples": base64.b64encode(struct.pack(f"<{len(values)}d", *values)).decode(),
@@ -39,17 +40,19 @@ def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | None]) -
         eps = _eps(base["dtype"])
     except (binascii.Error, struct.error, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the base fingerprint is malformed ({error})") from error
+    # a weight that is no Parameter is computed (weight_norm, prune) and may be stale
+    weights = {
+        i: (name, original(module))
+        for i, name in enumerate(sorted(layers))
+        if (module := layers[name]) is not None and "weight" in module._parameters
+    }
     found = []
-    for i, name in enumerate(sorted(layers)):
-        module = layers[name]
-        # a weight that is no Parameter is computed (weight_norm, prune) and may be stale
-        if module is None or "weight" not in module._parameters:
-            continue
-        weight = original(module)
+    rows = samples([weight for _, weight in weights.values()])
+    for (i, (name, weight)), row in zip(weights.items(), rows, strict=True):
         mine = _eps(str(weight.dtype).removeprefix("torch."))
         tolerance = 0.0 if mine == eps else 2 * max(mine, eps)
         theirs = stored[i * _SAMPLES : (i + 1) * _SAMPLES]
-        for a, b in zip(theirs, samples(weight), strict=True):
+        for a, b in zip(theirs, row, strict=True):
             # not-a-number stands for a weight without readable values, as on the meta device
             if abs(a - b) > tolerance * max(abs(a), 2**-14):
                 found.append(f"{name} (file {a:.6g}, model {b:.6g})")
@@ -66,14 +69,25 @@ def original(module: nn.Module) -> Tensor:
     return weight if kept is None else kept
 
 
-def samples(weight: Tensor) -> Sequence[float]:
-    """Evenly spaced values of a weight."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.numel():
-        return [float("nan")] * _SAMPLES
-    size = weight.numel()
-    where = [(2 * i + 1) * size // (2 * _SAMPLES) for i in range(_SAMPLES)]
-    flat = weight.detach().reshape(-1)[torch.tensor(where, device=weight.device)]
-    return flat.to(torch.float64).tolist()
+def samples(weights: Sequence[Tensor]) -> list[list[float]]:
+    """Evenly spaced values of each weight; not-a-number where none can be read."""
+    rows = [[float("nan")] * _SAMPLES for _ in weights]
+    where: dict[tuple[int, torch.device], Tensor] = {}
+    picked: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
+    for i, weight in enumerate(weights):
+        if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.numel():
+            continue
+        size, device = weight.numel(), weight.device
+        if (size, device) not in where:
+            places = [(2 * i + 1) * size // (2 * _SAMPLES) for i in range(_SAMPLES)]
+            where[size, device] = torch.tensor(places, device=device)
+        values = weight.detach().reshape(-1)[where[size, device]]
+        picked.setdefault((device, weight.dtype), {})[i] = values
+    for group in picked.values():
+        fetched = torch.stack(list(group.values())).to(torch.float64).tolist()
+        for i, row in zip(group, fetched, strict=True):
+            rows[i] = row
+    return rows
 
 
 def _eps(dtype: str) -> float:

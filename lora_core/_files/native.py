@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_core._config import check_alpha, check_dropout, check_name
 from lora_core._errors import ConfigError, CorruptFileError, listed
+from lora_core._layers import non_finite
 
 _VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -93,6 +94,9 @@ def decode(
             )
         name = check_name(about["adapter"])
         layers = {n: _layer(n, entry, tensors) for n, entry in about["layers"].items()}
+        bad = non_finite({n: (layer.lora_A, layer.lora_B) for n, layer in layers.items()})
+        if bad:
+            raise ValueError(f"a factor of {listed(bad)} holds NaN or infinity")
         base = dict(about["base"])
     except (ConfigError, ValueError) as error:
         raise CorruptFileError(f"{where!r} must describe its tensors, but {error}") from error
@@ -126,8 +130,6 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
                 f"a factor of {listed([name])} is {factor.dtype} of shape {tuple(factor.shape)};"
                 " a floating matrix of 16 bits or more is needed"
             )
-        if not bool(factor.isfinite().all()):
-            raise ValueError(f"a factor of {listed([name])} holds NaN or infinity")
     rank = lora_A.shape[0]
     if lora_B.shape[1] != rank or entry["rank"] != rank or lora_A.dtype != lora_B.dtype:
         raise ValueError(
