@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lora_core._injection import inject as inject
     from lora_core._injection import plan as plan
     from lora_core._layers import LoRALinear as LoRALinear
+    from lora_core._layers import explain as explain
     from lora_core._merging import merge as merge
     from lora_core._merging import unmerge as unmerge
 
@@ -55,7 +56,7 @@ _ROOMS = {
     ),
     "_files": ("load", "save"),
     "_injection": ("eject", "inject", "plan"),
-    "_layers": ("LoRALinear",),
+    "_layers": ("LoRALinear", "explain"),
     "_merging": ("merge", "unmerge"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

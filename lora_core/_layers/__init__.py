@@ -11,6 +11,7 @@ from lora_core._layers.attaching import (
     sizes,
     why_not,
 )
+from lora_core._layers.explaining import explain
 from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import (
     FROZEN,
@@ -30,6 +31,7 @@ __all__ = [
     "adapted_class",
     "attach",
     "detach",
+    "explain",
     "factor_names",
     "fresh_factors",
     "layer_config",

@@ -94,7 +94,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
         if len(active) != 1:
             return super().forward(input)
         lora_A, lora_B, gain, dropout = active[0]
-        return functional.lora_linear(
+        return functional.fused_lora_linear(
             input, self.weight, self.bias, lora_A, lora_B, gain, dropout=dropout
         )
 

@@ -1,0 +1,55 @@
+"""Which form a layer's next call takes, and why."""
+
+from torch import Tensor, nn
+
+from lora_core import functional
+from lora_core._errors import ConfigError, UnsupportedLayerError
+from lora_core._layers.linear import LoRALinear
+from lora_core._layers.mixin import LoRAMixin
+from lora_core.kernels import Plan
+
+
+def explain(layer: nn.Module, x: Tensor) -> Plan:
+    """The form that ``layer(x)`` takes now, and why; computes nothing.
+
+    Forms: "addmm", "merge", "triton1", "triton2" and "composed" as in
+    `lora_core.functional.fused_lora_linear`, and "frozen" where no update is added.
+
+    Args:
+        layer: An adapted layer.
+        x: What it would be called with.
+
+    Raises:
+        UnsupportedLayerError: If the layer carries no adapter.
+        ConfigError: If `x` is no tensor that the layer takes.
+
+    Example:
+        >>> import torch
+        >>> layer = LoRALinear(nn.Linear(320, 320), rank=4)
+        >>> print(explain(layer, torch.randn(77, 320)))
+        addmm: two skinny products accumulate in place beside the frozen one
+        >>> explain(layer, torch.randn(4096, 320)).form
+        'merge'
+    """
+    if not isinstance(layer, LoRAMixin):
+        raise UnsupportedLayerError(
+            f"`layer` must carry an adapter, but is a bare {type(layer).__name__}."
+            " Pass a layer that `inject` adapted, such as `model.get_submodule(name)`."
+        )
+    if not isinstance(x, Tensor):
+        raise ConfigError(f"`x` must be a tensor, but is {type(x).__name__}.")
+    if layer.lora_merged is not None:
+        return Plan("frozen", "the adapters are merged into the weight")
+    active = layer.active_factors()
+    if not active:
+        return Plan("frozen", "no adapter is active")
+    if not isinstance(layer, LoRALinear):
+        return Plan("composed", "the host's own forward makes the base, the update is added")
+    if len(active) > 1:
+        return Plan("composed", "the active adapters differ in dropout: each is a sum of its own")
+    if x.ndim < 1 or x.shape[-1] != layer.in_features:
+        raise ConfigError(
+            f"`x` must have shape (..., {layer.in_features}), but has {tuple(x.shape)}."
+        )
+    lora_A, lora_B, gain, dropout = active[0]
+    return functional.fused_plan(x, layer.weight, layer.bias, lora_A, lora_B, gain, dropout=dropout)
