@@ -395,6 +395,18 @@ def test_a_strength_must_be_finite(two, value):
     assert same(selections(two), before)
 
 
+def test_a_finite_strength_that_makes_an_infinite_gain_is_refused(two):
+    before = selections(two)
+    message = "`strength * alpha / rank` must be at most 3.4e+38, but is 4.5e+38 for 'a'."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)} Choose smaller values.$"):
+        scales(two, b=1.0, a=3e38)
+    assert same(selections(two), before)
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ConfigError, match=r"^`strength \* alpha / rank` must be at most 3.4e\+38"):
+        inject(model, rank=1, alpha=1e39, targets="0")
+    assert type(model[0]) is nn.Linear
+
+
 def test_strengths_of_a_merged_model_are_refused(two):
     scales(two, b=1.0)
     merge(two.eval())

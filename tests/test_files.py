@@ -271,6 +271,25 @@ def test_a_diverged_adapter_is_not_saved(tmp_path: Path) -> None:
         lora_core.save(model, tmp_path / "x")
 
 
+def test_factors_without_values_are_not_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = adapted()
+    said = (
+        "An adapter must have values to be saved, but that of '0', '1', '2' is on the meta device."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)} Call `model.to_empty"):
+        lora_core.save(model, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_values_takes_no_file(path: Path) -> None:
+    model = net().to("meta")
+    before = picture(model)
+    with pytest.raises(MismatchError, match="but '0', '1', '2' is on the meta device. Call"):
+        lora_core.load(model, path)
+    assert picture(model) == before
+
+
 def test_an_adapter_whose_base_is_gone_is_not_saved(tmp_path: Path) -> None:
     model = adapted()
     lora_core.merge(model, reversible=False)

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import re
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -243,6 +245,37 @@ def test_a_merged_model_refuses_other_changes(change: Callable[[nn.Module], obje
     assert_bits(model, bits)
 
 
+def test_a_weight_without_values_is_not_merged() -> None:
+    model = adapted().to("meta")
+    with pytest.raises(MergeError, match="^A weight must have values to be merged, but '0', '1'"):
+        lora_core.merge(model)
+    assert all(layer.lora_merged is None for layer in model)
+
+
+class Squared(nn.Linear):
+    """Makes something else of its weight than a product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # its own name for the input
+        return nn.functional.linear(x, self.weight.square(), self.bias)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_host_whose_output_does_not_follow_its_weight_is_not_merged(reversible: bool) -> None:
+    model = nn.Sequential(Squared(6, 6)).eval()
+    lora_core.inject(model, rank=2, targets="0")
+    train_pretend(model, "default")
+    before, x = weights(model), torch.randn(4, 6)
+    expected = model(x)
+    said = (
+        "A host's output must follow its weight to be merged, but the forward of Squared at '0'"
+        " makes something else of it."
+    )
+    with pytest.raises(MergeError, match=f"^{re.escape(said)} Nothing was changed"):
+        lora_core.merge(model, reversible=reversible)
+    assert_bits(model, before)
+    assert torch.equal(model(x), expected)
+
+
 def test_training_while_merged_is_refused_at_the_forward() -> None:
     model = adapted().train()
     lora_core.merge(model)
@@ -428,6 +461,90 @@ def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice() -> None:
         for i, layer in enumerate(model):
             expected = merged if layer.lora_merged is not None else plain
             assert torch.equal(layer.weight, expected[f"{i}.weight"]), f"line {at}"
+
+
+SIGNALLED = """
+import copy, random, signal, sys, tempfile, time
+import torch
+from torch import nn
+import lora_core
+from lora_core.testing.laws import train_pretend
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+random.seed(0)
+
+
+def look(model):
+    return [
+        (n, type(m), sorted(vars(m)), getattr(m, "lora_merged", None) is None,
+         [(k, p.requires_grad, 0 if "lora" in k else p.tolist()) for k, p in m._parameters.items()])
+        for n, m in model.named_modules()
+    ]
+
+
+armed = False
+
+
+def strike(*_):
+    global armed
+    if armed:
+        armed = False
+        raise KeyboardInterrupt
+
+
+signal.signal(signal.SIGALRM, strike)
+bare = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)]).eval()
+one = copy.deepcopy(bare)
+lora_core.inject(one, rank=2, targets="*", name="one")
+train_pretend(one, "one")
+merged = copy.deepcopy(one)
+lora_core.merge(merged)
+file = tempfile.mkdtemp() + "/one"
+lora_core.save(one, file)
+cases = {
+    "inject": (bare, lambda m: lora_core.inject(m, rank=1, targets="*")),
+    "load": (one, lambda m: lora_core.load(m, file, name="two")),
+    "merge": (one, lora_core.merge),
+    "unmerge": (merged, lora_core.unmerge),
+    "scales": (one, lambda m: lora_core.scales(m, one=0.5)),
+    "eject": (one, lora_core.eject),
+}
+struck = undone = 0
+for name, (pristine, verb) in cases.items():
+    before, twin = look(pristine), copy.deepcopy(pristine)
+    start = time.perf_counter()
+    verb(twin)
+    length, after = time.perf_counter() - start, look(twin)
+    for _ in range(17):
+        model = copy.deepcopy(pristine)
+        try:
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, length))
+            verb(model)
+            armed = False
+        except KeyboardInterrupt:
+            struck += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        now = look(model)
+        if now not in (before, after):
+            sys.exit(f"half done: {name}")
+        undone += now == before
+print(struck, undone)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_real_signals_at_random_moments_leave_the_model_before_or_after() -> None:
+    # in a process of its own, which is killed if a signal should ever make it hang
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    struck, undone = map(int, done.stdout.split())
+    assert struck > 30
+    assert undone > 10
 
 
 def test_concurrent_forwards_of_one_model_agree() -> None:
