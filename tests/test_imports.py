@@ -55,6 +55,18 @@ def test_every_core_name_brings_only_safetensors_along():
     assert arrivals(touch) - {"torch"} <= ALLOWED
 
 
+def test_first_use_of_a_name_draws_no_random_number():
+    code = """
+import json, torch
+torch.manual_seed(0)
+before = torch.get_rng_state()
+import lora_core
+names = [name for name in lora_core.__all__ if getattr(lora_core, name) is not None]
+print(json.dumps([len(names) > 20, torch.equal(before, torch.get_rng_state())]))
+"""
+    assert python(code) == [True, True]
+
+
 def test_the_models_bring_only_einops_along_besides():
     assert arrivals("lora_core.models") - {"torch"} <= {*ALLOWED, "einops"}
 

@@ -100,5 +100,6 @@ class LoRALinear(LoRAMixin, nn.Linear):
 
 
 ADAPTED[nn.Linear] = LoRALinear
-_PLAIN = set(vars(nn.Linear(1, 1)))
+# on the meta device, so that an import draws no random number
+_PLAIN = set(vars(nn.Linear(1, 1, device="meta")))
 _HOOKS = [name for name in _PLAIN if name.endswith("_hooks")]
