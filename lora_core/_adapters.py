@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_core._config import check_finite
-from lora_core._errors import AdapterError, ConfigError, MergeError, listed
+from lora_core._errors import (
+    AdapterError,
+    ConfigError,
+    MergeError,
+    UnsupportedLayerError,
+    listed,
+)
 from lora_core._layers import LoRAMixin, Selection
 from lora_core._reports import AdapterSummary, Summary, count
 
@@ -66,15 +72,28 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
 
     Raises:
         AdapterError: If there is no such adapter, or none at all.
+        UnsupportedLayerError: If one stands where nothing would call it, so that its factors
+            would never get a gradient.
 
     Example:
         >>> from lora_core import LoRALinear
         >>> [tuple(p.shape) for p in parameters(LoRALinear(nn.Linear(3, 5), rank=2))]
         [(2, 3), (5, 2)]
     """
+    layers = layers_with(model, name)
+    uncalled = [
+        f"{n}.out_proj".lstrip(".")
+        for n, m in model.named_modules()
+        if isinstance(m, nn.MultiheadAttention) and isinstance(m.out_proj, LoRAMixin)
+    ]
+    if uncalled:
+        raise UnsupportedLayerError(
+            f"An adapted layer must be called to train, but {listed(uncalled)} is not:"
+            " nn.MultiheadAttention reads its weight itself. Put the plain layer back."
+        )
     return [
         factor
-        for layer in layers_with(model, name).values()
+        for layer in layers.values()
         for adapter in layer.lora_configs
         if name in (None, adapter)
         for factor in layer.factors(adapter)

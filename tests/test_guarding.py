@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lora_core import LoRALinear, MergeError, eject, inject, load, merge, parameters, save, unmerge
+from lora_core import (
+    LoRALinear,
+    MergeError,
+    UnsupportedLayerError,
+    eject,
+    inject,
+    load,
+    merge,
+    parameters,
+    save,
+    unmerge,
+)
 from lora_core._injection import guarding, surgery
 from lora_core.testing import check_lora
 
@@ -196,6 +207,17 @@ def test_a_layer_placed_by_hand_in_an_encoder_layer_takes_effect(src, padding):
     assert (fused - plain)[there].abs().max() > 0.1
     eject(model)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_layer_placed_by_hand_where_nothing_calls_it_is_no_layer_to_train():
+    model = encoder()
+    model.layers[1].self_attn.out_proj = LoRALinear(nn.Linear(8, 8))
+    said = (
+        "An adapted layer must be called to train, but 'layers.1.self_attn.out_proj' is not:"
+        " nn.MultiheadAttention reads its weight itself."
+    )
+    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(said)} Put the plain layer"):
+        parameters(model)
 
 
 def test_a_failure_while_guarding_undoes_the_whole_injection(
