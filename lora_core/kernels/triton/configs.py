@@ -60,7 +60,7 @@ def _one(config: Config, single: Config) -> Choice:
 _SINGLE = Config(32, 64, 16, 8, 2)
 _NARROW = {
     "shrink": _one(Config(32, 0, 128, 4, 3), Config(32, 0, 32, 4, 2)),
-    "dab": _one(Config(0, 64, 64, 4, 3), Config(0, 64, 16, 4, 2)),
+    "dab": _one(Config(0, 64, 64, 4, 3), Config(0, 32, 16, 4, 2)),
 }
 _AMPERE = Choice(Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 3), _SINGLE)
 # the gaming and workstation chips: 100 KB of shared memory rather than 164 or more
