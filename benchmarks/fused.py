@@ -258,8 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads)
     if arguments.json != "-":
-        print("\n\n".join(map(as_text, results)))
-        print("\nGoals")
+        print("Goals")
         print("\n".join(map(str, judged)))
         if not arguments.quick:
             print("\n" + _losses_text(results))
@@ -290,6 +289,8 @@ def _measured(arguments: argparse.Namespace, names: Sequence[str]) -> list[Resul
         settings: dict[str, Any] = {"at_least": 1e-4, "attempts": 1} if quick else {}
         results.append(measure(job, names, rounds, arguments.device, **settings))
         print(f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        if arguments.json != "-":  # now rather than at the end: a whole run takes minutes
+            print(as_text(results[-1]) + "\n", flush=True)
     return results
 
 
