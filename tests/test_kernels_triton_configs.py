@@ -1,10 +1,12 @@
 """The table of tile sizes; it needs no triton."""
 
+import doctest
 import subprocess
 import sys
 
 import pytest
 
+from lora_core.kernels.triton import configs
 from lora_core.kernels.triton.configs import (
     KERNELS,
     LEAST_CAPABILITY,
@@ -95,3 +97,9 @@ def test_tokens_are_split_only_where_columns_alone_leave_a_gpu_idle():
 def test_the_table_and_the_package_import_no_triton():
     code = "import sys, lora_core.kernels.triton.configs; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_examples_are_right():
+    found = doctest.testmod(configs)
+    assert found.attempted > 3
+    assert not found.failed
