@@ -108,6 +108,36 @@ def test_a_perfect_predictor_has_no_loss_and_a_silent_one_that_of_the_noise() ->
     assert_close(silent.item(), 1.0, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_a_weighted_loss_weighs_noise_over_signal_up_to_its_largest_weight(beta: float) -> None:
+    schedule, z0 = Schedule(torch.tensor([beta])), images()
+    weight = (beta / (1 - beta)) ** 0.5
+
+    def loss(**chosen: float) -> Tensor:
+        return noise_prediction_loss(
+            linear_model, schedule, z0, CONTEXT, generator=seeded(), **chosen
+        )
+
+    plain = loss()
+    assert_close(loss(largest_weight=10.0), weight * plain, rtol=1e-6, atol=0)
+    assert_close(loss(largest_weight=0.9 * weight), 0.9 * weight * plain, rtol=1e-6, atol=0)
+
+
+def test_a_weighted_loss_sees_every_sample_at_its_own_timestep() -> None:
+    schedule, z0 = SCHEDULES["linear"], images()
+    t = torch.randint(len(schedule), (4,), generator=seeded())
+    weight = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()[t].clamp(max=5)
+    # drawing the noise by itself: the prediction is zero, so the error is the noise
+    generator = seeded()
+    torch.randint(len(schedule), (4,), generator=generator)
+    noise = torch.randn(z0.shape, generator=generator, dtype=z0.dtype)
+    expected = (weight * noise.square().mean(dim=(1, 2, 3))).mean()
+    silent = noise_prediction_loss(
+        lambda z, t, c: 0 * z, schedule, z0, CONTEXT, largest_weight=5.0, generator=seeded()
+    )
+    assert_close(silent, expected)
+
+
 def test_the_loss_is_reproducible_and_differentiable() -> None:
     z0 = images().requires_grad_()
     losses = [

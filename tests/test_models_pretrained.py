@@ -35,7 +35,7 @@ def style_images() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_samples_are_read_as_the_digit_asked_for() -> None:
+def test_samples_are_read_as_the_digit_asked_for_at_a_mild_guidance() -> None:
     encoder, classifier = pretrained_encoder(), reader.load_classifier()
     labels = torch.arange(100) % 10
     threads = torch.get_num_threads()
@@ -46,7 +46,7 @@ def test_samples_are_read_as_the_digit_asked_for() -> None:
             pretrained_schedule(),
             encoder(labels),
             steps=20,
-            guidance=5.0,
+            guidance=1.5,
             null_context=encoder.null(1),
             generator=seeded(),
         )
@@ -54,8 +54,7 @@ def test_samples_are_read_as_the_digit_asked_for() -> None:
         torch.set_num_threads(threads)
     with torch.no_grad():
         read = classifier(samples).argmax(1)
-    # strong guidance makes up for a short training: see docs/models.md
-    assert (read == labels).float().mean() >= 0.9
+    assert (read == labels).float().mean() >= 0.95
 
 
 def test_it_predicts_the_noise_on_real_digits_far_better_than_an_untrained_model() -> None:
@@ -85,7 +84,7 @@ def test_the_classifier_reads_the_style_images() -> None:
     images, labels = style_images()
     with torch.no_grad():
         read = reader.load_classifier()(images).argmax(1)
-    assert (read == labels).float().mean() >= 0.9
+    assert (read == labels).float().mean() >= 0.85
 
 
 def test_every_call_gives_a_new_model_with_the_same_weights() -> None:

@@ -121,7 +121,7 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert all(after[key] is before[key] and after[key].requires_grad for key in before)
 
 
-@pytest.mark.parametrize("rank", [1, 7, 64])
+@pytest.mark.parametrize("rank", [1, 7, 48])
 def test_adapter_bytes_are_those_that_save_writes(tmp_path: Path, rank: int) -> None:
     unet = lora_core.models.UNet()
     lora_core.inject(unet, rank=rank, dtype=torch.float16)

@@ -62,10 +62,10 @@ def _bar(title: str, steps: int) -> Iterator[Told]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("loss {task.fields[loss]}"),
         TimeLeft(),
         TextColumn("left"),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task(title, total=steps, loss=float("nan"))
-        yield lambda step, loss: bar.update(task, completed=step, loss=loss)
+        task = bar.add_task(title, total=steps, loss="-")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"{loss:.4f}")

@@ -14,9 +14,9 @@ from lora_core.models import (
     LabelEncoder,
     Schedule,
     UNet,
+    noise_prediction_loss,
     pretrained_encoder,
     pretrained_schedule,
-    q_sample,
     sample_ddim,
 )
 
@@ -24,6 +24,7 @@ STYLE = Path(__file__).with_name("style.safetensors")
 _BATCH = 16
 _RATE = 4e-3
 _UNLABELLED = 0.1
+_LARGEST_WEIGHT = 5.0
 _GUIDANCE = 2.0
 
 
@@ -74,20 +75,17 @@ class Studio:
         )
 
     def loss(self, unet: UNet, z0: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the predicted noise, with more weight on noisier timesteps.
-
-        ``mean(w_t * (eps - unet(z_t, t, context)) ** 2)`` with
-        ``w_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)``, at most 5. How bold a digit gets is
-        settled early in sampling, where there is much noise and the plain loss hardly looks.
-        """
-        t = torch.randint(len(self.schedule), (len(z0),), generator=generator)
-        noise = torch.randn(z0.shape, generator=generator)
+        """The loss that the checkpoint was trained with, some labels left out for guidance."""
         unlabelled = torch.rand(len(z0), generator=generator) < _UNLABELLED
         context = self.encoder(labels.masked_fill(unlabelled, self.encoder.null_label))
-        signal, noisy = self.schedule.signal_and_noise(t, z0)
-        error = unet(q_sample(self.schedule, z0, t, noise), t, context) - noise
-        loss: Tensor = ((noisy / signal).clamp(max=5) * error.square()).mean()
-        return loss
+        return noise_prediction_loss(
+            unet,
+            self.schedule,
+            z0,
+            context,
+            largest_weight=_LARGEST_WEIGHT,
+            generator=generator,
+        )
 
 
 def train(

@@ -124,12 +124,15 @@ def noise_prediction_loss(
     z0: Tensor,
     context: Tensor,
     *,
+    largest_weight: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Mean squared error of the predicted noise at random timesteps.
 
-    ``mean((eps - model(z_t, t, context)) ** 2)`` with t uniform and eps normal, both from
-    `generator`.
+    ``mean(w_t * (eps - model(z_t, t, context)) ** 2)`` with t uniform and eps normal, both from
+    `generator`. The weight is 1, or, with a `largest_weight`,
+    ``min(largest_weight, sqrt((1 - alpha_bar_t) / alpha_bar_t))``: what is drawn, and how boldly,
+    is settled where there is much noise, and there the plain loss hardly looks.
 
     Shape:
         - z0: ``(batch, ...)``
@@ -143,7 +146,12 @@ def noise_prediction_loss(
     t = torch.randint(len(schedule), z0.shape[:1], generator=generator, device=device)
     noise = torch.randn(z0.shape, generator=generator, device=device, dtype=z0.dtype)
     t, noise = t.to(z0.device), noise.to(z0.device)
-    return F.mse_loss(model(q_sample(schedule, z0, t, noise), t, context), noise)
+    prediction = model(q_sample(schedule, z0, t, noise), t, context)
+    if largest_weight is None:
+        return F.mse_loss(prediction, noise)
+    signal_rate, noise_rate = schedule.signal_and_noise(t, z0)
+    weight = (noise_rate / signal_rate).clamp(max=largest_weight)
+    return (weight * (prediction - noise).square()).mean()
 
 
 def guided(

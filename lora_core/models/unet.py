@@ -196,10 +196,10 @@ class UNet(nn.Module):
         *,
         in_channels: int = 1,
         context_dim: int = 64,
-        channels: Sequence[int] = (24, 64, 64),
+        channels: Sequence[int] = (16, 48, 64),
         attention: Sequence[bool] = (False, True, True),
-        heads: int = 4,
-        dim_head: int = 16,
+        heads: int = 2,
+        dim_head: int = 32,
         time_dim: int = 128,
         groups: int = 8,
     ) -> None:
@@ -229,10 +229,13 @@ class UNet(nn.Module):
         )
         self.mid_block = stage(last, last, attends=True)
         self.up_blocks = nn.ModuleList(
-            stage(below + width, width, attends)
-            for below, width, attends in zip(
-                [last, *channels[:0:-1]], channels[::-1], attention[::-1], strict=True
-            )
+            stage(2 * width, width, attends)
+            for width, attends in zip(channels[::-1], attention[::-1], strict=True)
+        )
+        # narrowed before the resize: the finest resolution is where channels cost the most
+        self.upsamplers = nn.ModuleList(
+            nn.Conv2d(below, width, 1)
+            for below, width in zip(channels[:0:-1], channels[-2::-1], strict=True)
         )
         self.conv_norm_out = nn.GroupNorm(groups, first)
         self.conv_out = nn.Conv2d(first, in_channels, 3, padding=1)
@@ -249,8 +252,10 @@ class UNet(nn.Module):
             h = block(h, time, context)
             skips.append(h)
         h = self.mid_block(h, time, context)
-        for block in self.up_blocks:
+        for index, block in enumerate(self.up_blocks):
             skip = skips.pop()
+            if index > 0:
+                h = self.upsamplers[index - 1](h)
             if h.shape[-2:] != skip.shape[-2:]:
                 h = F.interpolate(h, size=skip.shape[-2:], mode="nearest")
             h = block(torch.cat([h, skip], dim=1), time, context)
