@@ -36,6 +36,9 @@ TABLE = [
     (4096, 320, 320, 4, BF16, {"device": "cuda", "capability": None}, "addmm"),
     (4096, 320, 320, 4, BF16, {"device": "cuda", "capability": H100, "per_sample": True}, "addmm"),
     (77, 768, 320, 4, FP32, {"device": "cuda", "capability": H100}, "addmm"),
+    (4096, 320, 320, 4, BF16, {"device": "cuda", "capability": H100, "dropout": True}, "triton2"),
+    (4096, 320, 320, 4, FP32, {"device": "cuda", "capability": H100, "dropout": True}, "composed"),
+    (4096, 320, 320, 4, BF16, {"device": "cuda", "dropout": True}, "composed"),
 ]
 
 

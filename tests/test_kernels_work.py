@@ -157,7 +157,7 @@ def on_fake_cuda(M, K, N, rank, dtype=torch.bfloat16):
         def backward() -> None:
             if fused:
                 call = torch.ops.lora_core.linear_backward
-                grads.extend(call(dy, x, W, A, B, h, gain, dtype, plan.form, [True] * 3))
+                grads.extend(call(dy, x, W, A, B, h, gain, dtype, plan.form, 0.0, None, [True] * 3))
             else:
                 grads.extend(linear.gradients(dy, x, W, A, B, h, 0.5, dtype))
 
@@ -237,14 +237,15 @@ def test_layers_of_one_class_share_few_graphs_and_a_new_strength_none():
 def test_the_operator_obeys_the_rules_of_operators(form):
     x = torch.randn(7, 6, requires_grad=True)
     A, B = torch.randn(2, 6, requires_grad=True), torch.randn(5, 2, requires_grad=True)
-    arguments = (x, torch.randn(5, 6), torch.randn(5), A, B, torch.tensor(0.5), torch.float32, form)
-    torch.library.opcheck(torch.ops.lora_core.linear, arguments)
+    operands = x, torch.randn(5, 6), torch.randn(5), A, B, torch.tensor(0.5), torch.float32, form
+    for dropped in ((0.0, None), (0.5, torch.tensor([3]))):
+        torch.library.opcheck(torch.ops.lora_core.linear, (*operands, *dropped))
     h = torch.randn(2, 7)
     torch.library.opcheck(
         torch.ops.lora_core.linear_backward,
         (
             *(torch.randn(7, 5), x.detach(), torch.randn(5, 6), A.detach(), B.detach(), h),
-            *(torch.tensor(0.5), torch.float32, form, [True, False, True]),
+            *(torch.tensor(0.5), torch.float32, form, 0.0, None, [True, False, True]),
         ),
     )
 

@@ -20,12 +20,13 @@ from lora_core.kernels.planning import TRITON
 torch.library.define(
     "lora_core::linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor gain,"
-    " ScalarType dtype, str form) -> (Tensor, Tensor)",
+    " ScalarType dtype, str form, float dropout, Tensor? seed) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "lora_core::linear_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor h, Tensor gain,"
-    " ScalarType dtype, str form, bool[] needed) -> (Tensor, Tensor, Tensor)",
+    " ScalarType dtype, str form, float dropout, Tensor? seed, bool[] needed)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -39,6 +40,7 @@ def lora_linear(
     *,
     dtype: torch.dtype,
     form: str,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The forward operator on x of any shape, differentiable.
 
@@ -46,7 +48,11 @@ def lora_linear(
         As for `linear.low_rank`.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.lora_core.linear(flat, weight, bias, lora_A, lora_B, gain, dtype, form)[0]
+    # drawn on the device by its own generator, so that graphs and checkpoints replay it
+    seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
+    y: Tensor = torch.ops.lora_core.linear(
+        flat, weight, bias, lora_A, lora_B, gain, dtype, form, dropout, seed
+    )[0]
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -60,14 +66,19 @@ def _forward(
     gain: Tensor,
     dtype: torch.dtype,
     form: str,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if form not in TRITON or not x.is_cuda:
-        return forward(x, weight, bias, lora_A, lora_B, gain, dtype)
+        operands = x, weight, bias, lora_A, lora_B, gain
+        return forward(*operands, dtype, dropout, _number(seed))
     from lora_core.kernels.triton import launch
 
-    run = launch.one_kernel_forward if form == "triton1" else launch.two_kernel_forward
     shift = None if bias is None else bias.to(dtype)
-    return run(x.to(dtype), weight.to(dtype), shift, lora_A.to(dtype), lora_B.to(dtype), gain)
+    cast = x.to(dtype), weight.to(dtype), shift, lora_A.to(dtype), lora_B.to(dtype)
+    if form == "triton1":
+        return launch.one_kernel_forward(*cast, gain)
+    return launch.two_kernel_forward(*cast, gain, dropout=dropout, seed=seed)
 
 
 @torch.library.impl("lora_core::linear_backward", ("cpu", "cuda"))
@@ -81,39 +92,37 @@ def _backward(
     gain: Tensor,
     dtype: torch.dtype,
     form: str,
+    dropout: float,
+    seed: Tensor | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     found: Sequence[Tensor | None]
     if form not in TRITON or not x.is_cuda:
-        found = gradients(dy, x, weight, lora_A, lora_B, h, gain, dtype, needed=needed)
+        operands = dy, x, weight, lora_A, lora_B, h, gain
+        found = gradients(*operands, dtype, dropout, _number(seed), needed=needed)
     else:
-        found = _by_triton(dy, x, weight, lora_A, lora_B, h, gain, dtype, form, needed)
-    dx, dA, dB = (dy.new_empty(0) if t is None else t.contiguous() for t in found)
+        from lora_core.kernels.triton import launch
+
+        seen, W, A, B = x.to(dtype), weight.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+        wide, dx = lora_A.dtype, None
+        if not needed[0]:
+            dA, dB, _ = launch.factor_gradients(
+                dy, seen, B, gain, h, dropout=dropout, seed=seed, grad_dtype=wide
+            )
+        elif form == "triton1":
+            dx, dA, dB, _ = launch.one_kernel_backward(dy, seen, W, A, B, gain, h, grad_dtype=wide)
+        else:
+            dx, dA, dB, _ = launch.two_kernel_backward(
+                dy, seen, W, A, B, gain, h, dropout=dropout, seed=seed, grad_dtype=wide
+            )
+        found = None if dx is None else dx.to(x.dtype), dA, dB
+    asked = (t if wanted else None for t, wanted in zip(found, needed, strict=True))
+    dx, dA, dB = (dy.new_empty(0) if t is None else t.contiguous() for t in asked)
     return dx, dA, dB
 
 
-def _by_triton(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    h: Tensor,
-    gain: Tensor,
-    dtype: torch.dtype,
-    form: str,
-    needed: Sequence[bool],
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    from lora_core.kernels.triton import launch
-
-    cast = [t.to(dtype) for t in (dy, x, weight, lora_A, lora_B)]
-    wide = lora_A.dtype
-    if not needed[0]:
-        dA, dB, _ = launch.factor_gradients(cast[0], cast[1], cast[4], gain, h, grad_dtype=wide)
-        return None, dA, dB
-    run = launch.one_kernel_backward if form == "triton1" else launch.two_kernel_backward
-    dx, dA, dB, _ = run(*cast, gain, h, grad_dtype=wide)
-    return dx.to(x.dtype), dA, dB
+def _number(seed: Tensor | None) -> int | None:
+    return None if seed is None else int(seed.item())
 
 
 @torch.library.register_fake("lora_core::linear")  # type: ignore[untyped-decorator]
@@ -126,6 +135,8 @@ def _shapes(
     gain: Tensor,  # noqa: ARG001
     dtype: torch.dtype,
     form: str,
+    dropout: float,  # noqa: ARG001
+    seed: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
     tokens, rank = x.shape[0], lora_A.shape[0]
     shape = (tokens, rank) if form in TRITON and x.is_cuda else (rank, tokens)
@@ -143,6 +154,8 @@ def _backward_shapes(
     gain: Tensor,  # noqa: ARG001
     dtype: torch.dtype,  # noqa: ARG001
     form: str,  # noqa: ARG001
+    dropout: float,  # noqa: ARG001
+    seed: Tensor | None,  # noqa: ARG001
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     like = zip((x, lora_A, lora_B), needed, strict=True)
@@ -151,28 +164,34 @@ def _backward_shapes(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, lora_A, lora_B, gain, dtype, form = inputs
-    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], gain)
-    ctx.settings = dtype, form
+    x, weight, _, lora_A, lora_B, gain, *settings, seed = inputs
+    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], gain, seed)
+    ctx.settings = settings
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
-    x, weight, lora_A, lora_B, h, gain = ctx.saved_tensors
-    dtype, form = ctx.settings
+        return (None,) * 10
+    x, weight, lora_A, lora_B, h, gain, seed = ctx.saved_tensors
+    dtype, form, dropout = ctx.settings
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
     found: Sequence[Tensor]
     # a graph of the gradients, which no tracer makes, needs differentiable operations
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = differentiable_gradients(dy, x, weight, lora_A, lora_B, gain, dtype)
+        if seed is not None and form in TRITON and x.is_cuda:
+            raise NotImplementedError(
+                "Second derivatives must be taken without dropout where a Triton kernel drew the"
+                f" mask, but dropout is {dropout:g}. Call `model.eval()` or set dropout to 0."
+            )
+        operands = dy, x, weight, lora_A, lora_B, gain
+        found = differentiable_gradients(*operands, dtype, dropout, _number(seed))
     else:
         found = torch.ops.lora_core.linear_backward(
-            dy, x, weight, lora_A, lora_B, h, gain, dtype, form, wanted
+            dy, x, weight, lora_A, lora_B, h, gain, dtype, form, dropout, seed, wanted
         )
     dx, dA, dB = (t if asked else None for t, asked in zip(found, wanted, strict=True))
-    return dx, None, None, dA, dB, None, None, None
+    return dx, None, None, dA, dB, None, None, None, None, None
 
 
 torch.library.register_autograd("lora_core::linear", _differentiate, setup_context=_keep)

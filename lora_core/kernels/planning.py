@@ -49,6 +49,7 @@ class Plan(NamedTuple):
 LOW_RANK = Plan("addmm", "two skinny products accumulate in place beside the frozen one")
 MERGE = Plan("merge", "many tokens over a small matrix: W + g B A in scratch is the cheaper sum")
 MERGE_SMALL = Plan("merge", "a small matrix: folding the update in is cheaper than one more call")
+PYTORCHS_DROPOUT = Plan("composed", "dropout on CUDA without a Triton kernel is PyTorch's own")
 TRITON = frozenset(("triton1", "triton2"))
 ONE_KERNEL = Plan("triton1", "bound by memory or launches, small rank: one kernel reads x once")
 TWO_KERNELS = Plan("triton2", "bound by arithmetic or wide rank: split at the rank")
@@ -91,9 +92,11 @@ def choose(
     shared_matrix = not dropout and not per_sample
     half = dtype in (torch.float16, torch.bfloat16)
     tensor_cores = device == "cuda" and half and (capability or (0, 0)) >= LEAST_CAPABILITY
-    if tensor_cores and shared_matrix and rank <= MOST_RANK:
-        light = tokens * in_features * out_features <= ONE_KERNEL_WORK
-        return ONE_KERNEL if light and rank <= ONE_KERNEL_RANK else TWO_KERNELS
+    if tensor_cores and not per_sample and rank <= MOST_RANK:
+        light = tokens * in_features * out_features <= ONE_KERNEL_WORK and rank <= ONE_KERNEL_RANK
+        return ONE_KERNEL if light and not dropout else TWO_KERNELS
+    if dropout and device == "cuda":
+        return PYTORCHS_DROPOUT
     # in 16 bits W + g B A would round small updates away, the same ones at every step
     if half or not shared_matrix or tokens == 0:
         return LOW_RANK

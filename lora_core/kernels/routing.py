@@ -25,7 +25,6 @@ _DTYPES = Plan(
     "composed", "the operands differ in dtype, or it is not a floating type of 16 bits or more"
 )
 _BATCH = Plan("composed", "the gains per sample do not fit the batch of x")
-_DROPPED = Plan("composed", "dropout under torch.compile or on this device is PyTorch's own")
 _COMPILED = Plan("addmm", "under torch.compile the low-rank form is one graph for every size")
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -77,9 +76,8 @@ def route(
     if dtype not in _FLOATS:
         return _DTYPES
     on_gpu = x.is_cuda
-    if dropout > 0 and (compiling or on_gpu):
-        return _DROPPED
-    if compiling:
+    arch = capability(x.device) if on_gpu else None
+    if compiling and not on_gpu:
         return _COMPILED
     size = x.shape[-1]
     return choose(
@@ -89,7 +87,7 @@ def route(
         lora_A.shape[0],
         dtype,
         "cuda" if on_gpu else "cpu",
-        capability(x.device) if on_gpu else None,
+        arch,
         dropout > 0,
         isinstance(gain, Tensor) and gain.ndim == 2,
     )
@@ -115,7 +113,8 @@ def run(
         from lora_core.kernels import ops  # 10 ms that only tracers and GPUs need
 
         traced = gain if isinstance(gain, Tensor) else torch.tensor(gain, device=x.device)
-        return ops.lora_linear(x, weight, bias, lora_A, lora_B, traced, dtype=dtype, form=plan.form)
+        operands = x, weight, bias, lora_A, lora_B, traced
+        return ops.lora_linear(*operands, dtype=dtype, form=plan.form, dropout=dropout)
     if plan.form == "merge":
         return linear.merged(x, weight, bias, lora_A, lora_B, gain, dtype=dtype)
     return linear.low_rank(x, weight, bias, lora_A, lora_B, gain, dropout=dropout, dtype=dtype)
