@@ -225,7 +225,7 @@ def _gain(problem: Problem) -> Tensor | None:
 def _ours(problem: Problem) -> Contender:
     case = problem.case
     if case.dora:
-        raise NotOfferedError("the library has no DoRA layer yet")
+        return _dora(problem)
     if case.samples:
         return _chosen(problem)
     settings: dict[str, Any] = {
@@ -261,6 +261,24 @@ def _chosen(problem: Problem) -> Contender:
         return y
 
     return Contender(OURS, nn.ParameterList(f for pair in own for f in pair), forward, own)
+
+
+def _dora(problem: Problem) -> Contender:
+    """DoRA, which the library offers as a function; the norm is taken anew in every call."""
+    own = _own_factors(problem)
+    (lora_A, lora_B), weight = own[0], problem.weight
+    squared = torch.linalg.vecdot(weight.float(), weight.float())
+    magnitude = nn.Parameter(squared.sqrt())
+
+    def forward(x: Tensor) -> Tensor:
+        A, B = lora_A.detach(), lora_B.detach()
+        norm = functional.dora_norm(weight, A, B, SCALE, squared=squared)
+        return functional.dora_linear(
+            x, weight, problem.bias, lora_A, lora_B, SCALE, magnitude, norm=norm
+        )
+
+    module = nn.ParameterList([lora_A, lora_B, magnitude])
+    return Contender(OURS, module, forward, own)
 
 
 def form(problem: Problem) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_core.kernels import Plan, dropped, route, run
 
 __all__ = [
+    "dora_linear",
     "dora_norm",
     "fused_lora_linear",
     "fused_plan",
@@ -234,6 +235,52 @@ def shared_lora_linear(
     blocks = torch.block_diag(*[B * g for B, g in zip(lora_B, gains, strict=True)])  # type: ignore[no-untyped-call]
     y = fused_lora_linear(x, weight, bias, torch.cat(list(lora_A)), blocks.to(lora_B[0].dtype))
     return list(torch.split(y, [B.shape[0] for B in lora_B], dim=-1))
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor | float,
+    magnitude: Tensor,
+    *,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """A linear layer whose adapted rows are given a length of their own.
+
+    Computes ``(x @ V.T) * magnitude / norm + bias`` with ``V = weight + gain * lora_B @ lora_A``
+    and `norm` the length of each row of V, a constant to autograd. V itself is never made.
+
+    Args:
+        x: Input.
+        weight: The frozen matrix.
+        bias: The frozen bias, or None.
+        lora_A: Down-projection.
+        lora_B: Up-projection.
+        gain: What the update is multiplied by.
+        magnitude: The rows' lengths.
+        norm: `dora_norm` of these factors if it is known; they change once per optimiser step.
+
+    Shape:
+        - x: ``(..., in)``; magnitude, norm: ``(out,)``; gain: a scalar
+        - The rest as in `lora_linear`
+        - Output: ``(..., out)``
+
+    Reference:
+        Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, equation 5 and section 4.3.
+
+    Example:
+        >>> x, W, A, B = torch.ones(7, 3), torch.ones(5, 3), torch.ones(2, 3), torch.zeros(5, 2)
+        >>> dora_linear(x, W, None, A, B, 1.0, torch.ones(5)).shape
+        torch.Size([7, 5])
+    """
+    if norm is None:
+        norm = dora_norm(weight, lora_A.detach(), lora_B.detach(), gain)
+    directed = fused_lora_linear(x, weight, None, lora_A, lora_B, gain)
+    length = (magnitude / norm).to(directed.dtype)
+    return directed * length if bias is None else torch.addcmul(bias, directed, length)
 
 
 def dora_norm(

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from lora_core.functional import (
+    dora_linear,
     dora_norm,
     fused_lora_linear,
     fused_plan,
@@ -327,6 +328,30 @@ def test_the_norm_has_the_gradients_of_the_dense_one():
     W, A, B = randn(5, 6), randn(2, 6, seed=3), randn(5, 2, seed=4)
     leaves = [leaf(t, torch.float64) for t in (A, B)]
     assert gradcheck(lambda A, B: dora_norm(W, A, B, 0.7), leaves)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dora_layer_is_the_dense_formula_with_a_constant_norm(bias):
+    x, W, b = randn(3, 2, 6), randn(5, 6, seed=1), randn(5, seed=2) if bias else None
+    leaves = [leaf(t, torch.float64) for t in (x, randn(2, 6, seed=3), randn(5, 2, seed=4))]
+    magnitude = (randn(5, seed=6).abs() + 1).requires_grad_()
+
+    def dense(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        V = W + 0.7 * B @ A
+        rows = magnitude / V.detach().norm(dim=1)
+        return torch.nn.functional.linear(x, V * rows[:, None], b)
+
+    got, expected = dora_linear(leaves[0], W, b, *leaves[1:], 0.7, magnitude), dense(*leaves)
+    assert_close(got, expected)
+    dy = randn(*got.shape, seed=9)
+    for g, e in zip(
+        torch.autograd.grad(got, [*leaves, magnitude], dy),
+        torch.autograd.grad(expected, [*leaves, magnitude], dy),
+        strict=True,
+    ):
+        assert_close(g, e)
+    known = dora_norm(W, leaves[1].detach(), leaves[2].detach(), 0.7)
+    assert_close(dora_linear(leaves[0], W, b, *leaves[1:], 0.7, magnitude, norm=known), got)
 
 
 # the plan
