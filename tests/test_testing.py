@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_core
 from lora_core import models
-from lora_core.testing import LawError, check_lora
+from lora_core.testing import LawError, check_lora, laws
 
 
 def unet_inputs(unet: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,11 +94,81 @@ def broken_merge(layer: lora_core.LoRALinear) -> Tensor:
 original_delta = lora_core.LoRALinear.delta
 
 
+def then(verb: Callable[..., object], harm: Callable[[nn.Module], object]) -> Callable[..., object]:
+    """A verb that does its work and then some harm to the model."""
+
+    def broken(model: nn.Module, *args: object, **kwargs: object) -> object:
+        result = verb(model, *args, **kwargs)
+        harm(model)
+        return result
+
+    return broken
+
+
+def nudge(p: Tensor) -> None:
+    with torch.no_grad():
+        p.view(-1)[0].add_(1.0)
+
+
 @pytest.mark.parametrize(
-    ("attribute", "broken", "said"),
+    ("owner", "attribute", "broken", "said"),
     [
-        ("delta", broken_merge, "^law broken: merging keeps the function; layer '0'$"),
         (
+            lora_core.LoRALinear,
+            "delta",
+            broken_merge,
+            "^law broken: merging keeps the function; layer '0'$",
+        ),
+        (
+            laws,
+            "inject",
+            then(laws.inject, lambda model: model[0].bias.requires_grad_(True)),
+            "^law broken: only the adapter trains; layer '0.bias'$",
+        ),
+        (
+            laws,
+            "load",
+            then(laws.load, lambda model: nudge(model[0].lora_A_default)),
+            "^law broken: saving and loading is bit-exact; layer '0'$",
+        ),
+        (
+            laws,
+            "unmerge",
+            then(laws.unmerge, lambda model: nudge(model[0].weight)),
+            "^law broken: unmerging restores every bit; layer '0.weight'$",
+        ),
+        (
+            laws,
+            "eject",
+            then(laws.eject, lambda model: model[0].weight.requires_grad_(False)),
+            "^law broken: eject restores every requires_grad; layer '0.weight'$",
+        ),
+        (
+            laws,
+            "eject",
+            then(laws.eject, lambda model: nudge(model[0].weight)),
+            "^law broken: eject restores every bit; layer '0.weight'$",
+        ),
+        (
+            laws,
+            "eject",
+            then(laws.eject, lambda model: model[0].counted.add_(1)),
+            "^law broken: eject restores every bit; layer '0.counted'$",
+        ),
+        (
+            laws,
+            "eject",
+            then(laws.eject, lambda model: model[0].__delattr__("counted")),
+            "^law broken: eject restores every object; layer '0'$",
+        ),
+        (
+            laws,
+            "eject",
+            then(laws.eject, lambda model: model.register_forward_hook(lambda *call: call[2] + 1)),
+            r"^law broken: eject restores every bit; layer \"\(the model's output\)\"$",
+        ),
+        (
+            lora_core.LoRALinear,
             "forward",
             lambda self, x: nn.functional.linear(x, self.weight, self.bias) + 1e-6,
             "^law broken: a fresh adapter changes nothing; layer '0'$",
@@ -106,11 +176,79 @@ original_delta = lora_core.LoRALinear.delta
     ],
 )
 def test_a_broken_library_is_caught(
-    monkeypatch: pytest.MonkeyPatch, attribute: str, broken: Callable[..., Tensor], said: str
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    attribute: str,
+    broken: Callable[..., object],
+    said: str,
 ) -> None:
-    monkeypatch.setattr(lora_core.LoRALinear, attribute, broken)
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_buffer("counted", torch.zeros(()))
+    monkeypatch.setattr(owner, attribute, broken)
     with pytest.raises(LawError, match=said):
-        check_lora(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4), targets="0", rank=2)
+        check_lora(model, torch.ones(2, 4), targets="0", rank=2)
+
+
+# a merge over a host that trains
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_laws_hold_whether_or_not_the_host_is_frozen(freeze: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
+    targets = ["0", "2"]
+    for rows in (1, 7, 200):
+        check_lora(model, torch.randn(rows, 64), targets=targets, rank=4, freeze=freeze)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Counting(nn.Module):
+    """Counts its calls in one buffer, keeps its last input in another, and has a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last", torch.full((2, 4), torch.nan))
+        self.register_buffer("mask", torch.full((4,), -torch.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x
+        return self.inner(x)
+
+
+def test_buffers_are_left_as_they_were() -> None:
+    model = Counting()
+    before = dict(model.named_buffers())
+    check_lora(model, torch.ones(2, 4), targets="inner", rank=1)
+    assert model.calls == 0
+    assert model.last.isnan().all()
+    assert all(b is before[name] for name, b in model.named_buffers())
+
+
+def test_the_laws_hold_where_a_weight_is_tied() -> None:
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False))
+    model[2].weight = model[0].weight
+    report = check_lora(model, torch.tensor([[1, 5, 8]]), targets=["1", "2"], rank=2)
+    assert [layer.name for layer in report.layers] == ["1", "2"]
+    assert model[2].weight is model[0].weight
+
+
+def test_inputs_may_go_by_keyword(tiny_cross_attention: models.CrossAttention) -> None:
+    x, context = torch.randn(2, 5, 16), torch.randn(2, 3, 8)
+    assert check_lora(tiny_cross_attention, x, model_kwargs={"context": context}, rank=2).layers
+
+
+def test_a_model_that_is_not_finite_by_itself_is_refused_before_any_law() -> None:
+    model, ones = nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 4)
+    with pytest.raises(lora_core.ConfigError, match="^`model` must return numbers for the laws to"):
+        check_lora(model, torch.nan * ones, targets="0", rank=1)
+    for parameter, value in (("bias", torch.nan), ("weight", torch.inf)):
+        broken = nn.Sequential(nn.Linear(4, 4))
+        nn.init.constant_(broken.get_parameter(f"0.{parameter}"), value)
+        said = f"^`model` must be finite for the laws to be checked, but '0.{parameter}' holds NaN"
+        with pytest.raises(lora_core.ConfigError, match=said):
+            check_lora(broken, ones, targets="0", rank=1)
 
 
 def test_a_scratch_project_uses_the_fixtures_and_laws(tmp_path: Path) -> None:
@@ -179,6 +317,12 @@ def _pytest(folder: Path) -> "subprocess.CompletedProcess[str]":
         env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": ""},
         check=False,
     )
+
+
+def test_the_tiny_unet_is_as_small_as_its_page_says(tiny_unet: models.UNet) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "testing.md").read_text()
+    assert "an untrained UNet of about 61,000 parameters" in page
+    assert round(sum(p.numel() for p in tiny_unet.parameters()), -3) == 61_000
 
 
 def test_the_plugin_is_an_entry_point() -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,33 @@ from lora_core._merging import merge, unmerge
 from lora_core._reports import Report
 
 _Calls = dict[str, list[tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]]]
+_Run = Callable[[nn.Module], list[Tensor]]
 
 
 class LawError(AssertionError):
     """A law does not hold; the message names the law and the layer."""
 
 
-def check_lora(model: nn.Module, *inputs: Any, **inject_options: Any) -> Report:
+def check_lora(
+    model: nn.Module,
+    *inputs: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **inject_options: Any,
+) -> Report:
     """Runs the laws of LoRA on a model of your own and leaves it as it was.
 
     1. A fresh adapter changes nothing, bit for bit.
     2. Only the adapter trains, and every adapted layer takes effect on these inputs.
     3. Saving and loading into a bare copy is bit-exact.
-    4. Merging keeps the function of every layer.
+    4. Merging keeps the function of every layer; a weight that is tied elsewhere is untied for it.
     5. Unmerging restores every bit.
     6. Ejecting restores every object, class, attribute, flag and bit.
 
     Args:
-        model: The model; run in evaluation mode, so it must be deterministic there.
+        model: The model; run in evaluation mode, so it must be deterministic there. Its buffers
+            are put back after every call; what it keeps in plain attributes is its own affair.
         inputs: What it is called with.
+        model_kwargs: What it is called with by keyword.
         inject_options: What `inject` is called with.
 
     Returns:
@@ -44,6 +52,8 @@ def check_lora(model: nn.Module, *inputs: Any, **inject_options: Any) -> Report:
 
     Raises:
         LawError: If a law does not hold; an AssertionError that names the law and the layer.
+        ConfigError: If the model has an adapter already, or isn't finite without one.
+        LoRAError: If a verb refuses this model, as `merge` does where a weight is parametrized.
 
     Example:
         >>> len(check_lora(nn.Sequential(nn.Linear(8, 8)), torch.ones(2, 8), targets="0").layers)
@@ -56,19 +66,24 @@ def check_lora(model: nn.Module, *inputs: Any, **inject_options: Any) -> Report:
             f"`model` must be bare for the laws to be checked, but has {listed(there)}."
             " Eject first."
         )
+
+    def run(model: nn.Module) -> list[Tensor]:
+        return _outputs(model(*inputs, **(model_kwargs or {})))
+
     with _evaluation(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         before, bare = _Picture(model), copy.deepcopy(model)
-        with torch.no_grad():
-            plain = _outputs(model(*inputs))
+        with torch.no_grad(), _buffers_kept(model):
+            plain = run(model)
+        _refuse_not_finite(model, plain)
         report = inject(model, **inject_options)
         try:
             names = {layer.name for layer in report.layers}
-            _check_fresh(model, bare, inputs, names)
+            _check_fresh(model, bare, run, names)
             train_pretend(model, name)
-            _check_training(model, inputs, name, names, freeze=inject_options.get("freeze", True))
-            calls = _record(model, inputs, names)
-            _check_file(model, bare, inputs, name)
+            _check_training(model, run, name, names, freeze=inject_options.get("freeze", True))
+            calls = _record(model, run, names)
+            _check_file(model, bare, run, name)
             _check_merge(model, calls, before)
         finally:
             if any(
@@ -77,8 +92,8 @@ def check_lora(model: nn.Module, *inputs: Any, **inject_options: Any) -> Report:
                 unmerge(model)
             eject(model, name)
         before.compare(model)
-        with torch.no_grad():
-            again = _outputs(model(*inputs))
+        with torch.no_grad(), _buffers_kept(model):
+            again = run(model)
         _demand(_same(plain, again), "eject restores every bit", "(the model's output)")
     return report
 
@@ -91,32 +106,42 @@ def train_pretend(model: nn.Module, name: str) -> None:
             lora_B.normal_(std=0.5 / max(lora_A.shape[0], 1) ** 0.5)
 
 
-def _check_fresh(
-    model: nn.Module, bare: nn.Module, inputs: tuple[Any, ...], names: set[str]
-) -> None:
+def _refuse_not_finite(model: nn.Module, outputs: list[Tensor]) -> None:
+    floating = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
+    bad = [n for n, p in floating if not bool(p.isfinite().all())]
+    if bad:
+        raise ConfigError(
+            f"`model` must be finite for the laws to be checked, but {listed(bad)} holds NaN or"
+            " infinity. Repair it first."
+        )
+    if any(bool(out.isnan().any()) for out in outputs):
+        raise ConfigError(
+            "`model` must return numbers for the laws to be checked, but returns NaN without any"
+            " adapter. Pass other inputs or repair it first."
+        )
+
+
+def _check_fresh(model: nn.Module, bare: nn.Module, run: _Run, names: set[str]) -> None:
     law = "a fresh adapter changes nothing"
-    # torch may choose another kernel for a weight that needs no gradient: compare like with like
-    flags = {adapters.clean(n): p.requires_grad for n, p in model.named_parameters()}
-    for n, p in bare.named_parameters():
-        p.requires_grad_(flags[adapters.clean(n)])
-    with torch.no_grad(), _stepwise():
-        plain, fresh = _outputs(bare(*inputs)), _outputs(model(*inputs))
+    _copy_flags(model, bare)
+    with torch.no_grad(), _stepwise(), _buffers_kept(bare), _buffers_kept(model):
+        plain, fresh = run(bare), run(model)
     if not _same(plain, fresh):
         with _stepwise():
-            base, now = _record(bare, inputs, names), _record(model, inputs, names)
+            base, now = _record(bare, run, names), _record(model, run, names)
         guilty = [n for n in base if not _same_calls(base[n], now.get(n, []))]
         raise LawError(f"law broken: {law}; layer {(guilty or ['(the model)'])[0]!r}")
 
 
 def _check_training(
-    model: nn.Module, inputs: tuple[Any, ...], name: str, names: set[str], *, freeze: bool
+    model: nn.Module, run: _Run, name: str, names: set[str], *, freeze: bool
 ) -> None:
     mine = {id(p) for p in adapters.parameters(model, name)}
     if freeze:
         strays = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
         _demand(not strays, "only the adapter trains", *strays)
-    with torch.enable_grad():
-        total = sum(out.double().square().sum() for out in _outputs(model(*inputs)))
+    with torch.enable_grad(), _buffers_kept(model):
+        total = sum(out.double().square().sum() for out in run(model))
         _demand(isinstance(total, Tensor), "the model returns a floating tensor", "(the model)")
         factors = {n: m.factors(name) for n, m in adapters.layers_with(model, name).items()}
         flat = [f for pair in factors.values() for f in pair]
@@ -128,29 +153,30 @@ def _check_training(
     _demand(names <= factors.keys(), "every reported layer is adapted", *(names - factors.keys()))
 
 
-def _check_file(model: nn.Module, bare: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+def _check_file(model: nn.Module, bare: nn.Module, run: _Run, name: str) -> None:
     law = "saving and loading is bit-exact"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "law.safetensors"
         save(model, path, name)
         load(bare, path)
+    _copy_flags(model, bare)
     theirs = adapters.layers_with(bare, name)
     for layer, mine in adapters.layers_with(model, name).items():
         pairs = zip(mine.factors(name), theirs[layer].factors(name), strict=True)
         _demand(all(_equal(a, b) for a, b in pairs), law, layer)
-    with torch.no_grad():
-        same = _same(_outputs(model(*inputs)), _outputs(bare(*inputs)))
+    with torch.no_grad(), _buffers_kept(bare), _buffers_kept(model):
+        same = _same(run(model), run(bare))
     _demand(same, law, "(the model's output)")
 
 
 def _check_merge(model: nn.Module, calls: _Calls, before: "_Picture") -> None:
-    merge(model)
+    merge(model, untie=True)
     layers = adapters.adapted_layers(model)
     for name, recorded in calls.items():
         layer = layers[name]
         eps = torch.finfo(layer.weight.dtype).eps
         for args, kwargs, adapted in recorded:
-            with torch.no_grad():
+            with torch.no_grad(), _buffers_kept(layer):
                 merged = _outputs(layer(*args, **kwargs))
             for a, b in zip(adapted, merged, strict=True):
                 error = (a.double() - b.double()).norm()
@@ -167,10 +193,12 @@ class _Picture:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = {
-            n: (m, type(m), sorted(vars(m)), list(m._parameters)) for n, m in model.named_modules()
+            n: (m, type(m), sorted(vars(m)), list(m._parameters), list(m._buffers))
+            for n, m in model.named_modules()
         }
         self.tensors = {n: (p, p.requires_grad) for n, p in model.named_parameters()}
         self.values = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.buffers = {n: (b, b.detach().clone()) for n, b in model.named_buffers()}
 
     def compare(self, model: nn.Module) -> None:
         law = "eject restores every object"
@@ -181,8 +209,38 @@ class _Picture:
             _demand(now.tensors[name][0] is p, law, name)
             _demand(now.tensors[name][1] == flag, "eject restores every requires_grad", name)
             _demand(_equal(p, self.values[name]), "eject restores every bit", name)
+        for name, (buffer, value) in self.buffers.items():
+            _demand(now.buffers[name][0] is buffer, law, name)
+            _demand(_unchanged(buffer, value), "eject restores every bit", name)
         extra = sorted(now.tensors.keys() - self.tensors.keys())
         _demand(not extra, law, *extra)
+
+
+def _copy_flags(model: nn.Module, bare: nn.Module) -> None:
+    """Gives `bare` the flags of `model`, in place.
+
+    Another kernel, or another form of the layer, may run for a weight that needs no gradient.
+    """
+    flags = {adapters.clean(n): p.requires_grad for n, p in model.named_parameters()}
+    for n, p in bare.named_parameters():
+        p.requires_grad_(flags[adapters.clean(n)])
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back every buffer that a call assigns or writes to."""
+    held = [(m._buffers, dict(m._buffers)) for m in model.modules()]
+    values = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffers, own in held:
+            buffers.clear()
+            buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not _unchanged(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextmanager
@@ -210,7 +268,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             p.grad = grad
 
 
-def _record(model: nn.Module, inputs: tuple[Any, ...], names: set[str]) -> _Calls:
+def _record(model: nn.Module, run: _Run, names: set[str]) -> _Calls:
     """Every call of the named layers during one forward of the model, with its outputs."""
     calls: _Calls = {}
     modules = {adapters.clean(n): m for n, m in model.named_modules() if adapters.clean(n) in names}
@@ -223,8 +281,8 @@ def _record(model: nn.Module, inputs: tuple[Any, ...], names: set[str]) -> _Call
 
     handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in modules.items()]
     try:
-        with torch.no_grad():
-            model(*inputs)
+        with torch.no_grad(), _buffers_kept(model):
+            run(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -242,6 +300,11 @@ def _outputs(value: Any) -> list[Tensor]:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _unchanged(a: Tensor, b: Tensor) -> bool:
+    """Whether two are equal, NaN for NaN; infinities are common in masks."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -36,7 +36,7 @@ def tiny_cross_attention() -> "CrossAttention":
 
 @pytest.fixture
 def tiny_unet() -> "UNet":
-    """An untrained UNet of a few thousand parameters."""
+    """An untrained UNet of about 61,000 parameters."""
     return _seeded_unet()
 
 
