@@ -7,6 +7,7 @@ Letters in the shape notes: in = in_features, out = out_features, R = rank (the 
 where several adapters are stacked).
 """
 
+import math
 from collections.abc import Sequence
 from typing import overload
 
@@ -30,8 +31,8 @@ __all__ = [
     "stack_factors",
 ]
 
-# below this share of |W|^2 the factored norm has lost too many digits to cancellation
-_CANCELLED = 1e-3
+# below this share of |W|^2 the factored norm loses digits to cancellation
+_CANCELLED = 0.4
 
 
 def lora_linear(
@@ -190,11 +191,12 @@ def lora_linear_chosen(
         torch.Size([2, 7, 5])
     """
     base = F.linear(x, weight, bias)
-    samples = x.reshape(x.shape[0], -1, x.shape[-1])  # (b, n, in)
+    places = math.prod(x.shape[1:-1])
+    samples = x.reshape(x.shape[0], places, x.shape[-1])  # (b, n, in)
     A = lora_A[index].to(x.dtype)  # (b, R, in)
     B = (lora_B * gain[:, None, None])[index].to(x.dtype)  # (b, out, R)
     h = samples @ A.transpose(1, 2)  # (b, n, R)
-    out = base.reshape(x.shape[0], -1, base.shape[-1])
+    out = base.reshape(x.shape[0], places, base.shape[-1])
     return torch.baddbmm(out, h.to(out.dtype), B.transpose(1, 2).to(out.dtype)).view(base.shape)
 
 
@@ -277,10 +279,13 @@ def dora_linear(
         torch.Size([7, 5])
     """
     if norm is None:
-        norm = dora_norm(weight, lora_A.detach(), lora_B.detach(), gain)
+        norm = dora_norm(weight, lora_A, lora_B, gain).detach()
     directed = fused_lora_linear(x, weight, None, lora_A, lora_B, gain)
-    length = (magnitude / norm).to(directed.dtype)
-    return directed * length if bias is None else torch.addcmul(bias, directed, length)
+    # a row of zeros has no direction to give a length to
+    length = torch.where(norm > 0, magnitude / norm.clamp_min(1e-30), 0).to(directed.dtype)
+    if bias is None:
+        return directed * length
+    return torch.addcmul(bias.to(directed.dtype), directed, length)
 
 
 def dora_norm(
@@ -294,8 +299,9 @@ def dora_norm(
     """The norm of each row of ``weight + gain * lora_B @ lora_A``, without forming that sum.
 
     ``|W_n|^2 + 2 g <(W A^T)_n, B_n> + g^2 <(B (A A^T))_n, B_n>``: nothing of size (out, in) is
-    made in the weight's place beyond one cast of a 16-bit weight. Rows where the terms cancel are
-    summed densely, in float64.
+    made in the weight's place beyond one cast of a 16-bit weight, autocast or not. Rows where the
+    terms cancel are summed densely, in float64; which those are is read from the values, so a
+    compiled graph breaks here.
 
     Args:
         weight: The frozen matrix.
@@ -316,16 +322,17 @@ def dora_norm(
         [2.0, 2.0, 2.0, 2.0, 2.0]
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    W, A, B = weight.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
-    if squared is None:
-        squared = torch.linalg.vecdot(W, W)
-    B = B * gain
-    total = squared + torch.linalg.vecdot(2 * (W @ A.T) + B @ (A @ A.T), B)
-    rows = (total < _CANCELLED * squared).nonzero().squeeze(1)
-    if rows.numel():
-        wide = W[rows].double() + B[rows].double() @ A.double()
-        total = total.index_put((rows,), wide.square().sum(1).to(dtype))
-    norm: Tensor = total.sqrt()
+    with torch.autocast(weight.device.type, enabled=False):
+        W, A, B = weight.to(dtype), lora_A.to(dtype), lora_B.to(dtype) * gain
+        if squared is None:
+            squared = torch.linalg.vecdot(W, W)
+        total = squared + torch.linalg.vecdot(2 * (W @ A.T) + B @ (A @ A.T), B)
+        rows = (total < _CANCELLED * squared).nonzero().squeeze(1)
+        if rows.numel():
+            wide = W[rows].double() + B[rows].double() @ A.double()
+            total = total.index_put((rows,), wide.square().sum(1).to(dtype))
+        some = total > 0  # at zero a square root has no gradient
+        norm: Tensor = torch.where(some, total, 1).sqrt() * some
     return norm
 
 
@@ -374,8 +381,8 @@ def stack_factors(
     if len(factors) == 1:
         return factors[0]
     dtype = factors[0][0].dtype
-    for lora_A, _, _ in factors[1:]:
-        dtype = torch.promote_types(dtype, lora_A.dtype)
+    for lora_A, lora_B, _ in factors:
+        dtype = torch.promote_types(dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
     stacked_A = torch.cat([lora_A.to(dtype) for lora_A, _, _ in factors])
     stacked_B = torch.cat([lora_B.to(dtype) for _, lora_B, _ in factors], dim=1)
     gains = [gain for _, _, gain in factors]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.composability import CELLS, NotMeasuredError
 from lora_core import LoRALinear, explain, inject
+from lora_core.functional import fused_lora_linear
 
 
 def layer(rank: int = 4, **options) -> LoRALinear:
@@ -53,6 +55,36 @@ def test_checkpointing_gives_the_gradients_of_a_plain_call(reentrant, dropout, t
     for g, e in zip(again, plain, strict=True):
         assert g.abs().max() > 0
         assert torch.equal(g, e)
+
+
+def test_selective_checkpointing_that_keeps_products_is_right():
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    aten = torch.ops.aten
+    products = {aten.mm.default, aten.addmm.default}
+
+    def policy(ctx, op, *args, **kwargs):
+        keep = op in products
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    net, x = layer(), torch.randn(24, 40, requires_grad=True)
+    inputs = [x, net.lora_A_default, net.lora_B_default]
+    plain = torch.autograd.grad(net(x).square().sum(), inputs)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    y = checkpoint(net, x, use_reentrant=False, context_fn=contexts)
+    for g, e in zip(torch.autograd.grad(y.square().sum(), inputs), plain, strict=True):
+        assert_close(g, e, atol=1e-4, rtol=1e-4)
+
+
+def test_a_functional_trace_is_made_of_plain_operations():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    module, x = layer(), torch.randn(7, 40)
+    operands = x, module.weight, module.bias, module.lora_A_default, module.lora_B_default
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(partial(fused_lora_linear, gain=2.0), tracing_mode=mode)(*operands)
+        assert not any("lora_core" in str(node.target) for node in graph.graph.nodes)
+        assert_close(graph(*operands), module(x))
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -1,6 +1,7 @@
 """Every fast form against the slow reference: outputs and every gradient, in one table."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -178,6 +179,82 @@ def test_float32_factors_are_cast_down_and_their_gradients_come_back_wide():
         assert dA.abs().max() > 0
 
 
+def test_a_gain_changed_between_forward_and_backward_raises():
+    for form in (linear.low_rank, linear.merged, through_operator):
+        A, B = (leaf(t, torch.float64) for t in (randn(2, 4, seed=3), randn(5, 2, seed=4)))
+        gain = torch.tensor(1.5, dtype=torch.float64)
+        y = form(randn(3, 4), randn(5, 4, seed=1), None, A, B, gain)
+        gain.mul_(5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_a_gain_tensor_is_not_rounded_to_sixteen_bits(form):
+    # 0.3003 is 0.1 % off in bfloat16: the same error in every update
+    x, W = randn(64, 40, dtype=torch.bfloat16), torch.zeros(32, 40, dtype=torch.bfloat16)
+    A, B = randn(4, 40, seed=3, dtype=torch.bfloat16), randn(32, 4, seed=4, dtype=torch.bfloat16)
+    for gain in (torch.tensor(0.3003), torch.full((4,), 0.3003)):
+        got = FORMS[form](x, W, None, A, B, gain).double()
+        asked = x.double() @ A.double().T @ B.double().T
+        slope = float((got * asked).sum() / asked.square().sum())
+        assert slope == pytest.approx(0.3003, rel=4e-4)
+
+
+@pytest.mark.parametrize("form", [linear.low_rank, linear.merged, lora_linear, through_operator])
+def test_a_backward_inside_autocast_is_the_one_outside(form):
+    leaves = [leaf(t, torch.float32) for t in (randn(6, 4), randn(2, 4, seed=3), randn(5, 2))]
+    y = form(leaves[0], randn(5, 4, seed=1).float(), None, *leaves[1:], 0.5)
+    expected = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype is torch.float32
+        assert_close(g, e, atol=0.05 if form is lora_linear else 1e-6, rtol=0)
+
+
+def test_autocast_leaves_float64_alone_and_refuses_what_the_frozen_layer_does():
+    A, B = randn(2, 4), randn(5, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            fused_lora_linear(torch.ones(3, 4, dtype=torch.int64), randn(5, 4).float(), None, A, B)
+        with pytest.raises(RuntimeError):
+            fused_lora_linear(randn(3, 4), randn(5, 4).float(), None, A, B)
+        assert fused_lora_linear(randn(3, 4).float(), randn(5, 4).float(), None, A, B).dtype is (
+            torch.bfloat16
+        )
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "gain"])
+def test_whatever_trains_besides_the_factors_gets_its_gradient(trained):
+    tensors = {"weight": randn(5, 4, seed=1), "bias": randn(5), "gain": randn(2, seed=8)}
+    tensors[trained].requires_grad_()
+    A, B = randn(2, 4, seed=3), randn(5, 2, seed=4)
+    x = randn(3, 4)
+    y = fused_lora_linear(x, tensors["weight"], tensors["bias"], A, B, tensors["gain"])
+    y.square().sum().backward()
+    assert tensors[trained].grad.abs().max() > 0
+    with torch.no_grad():  # nothing is to be made then, so nothing stands in the way
+        plan = fused_plan(x, tensors["weight"], tensors["bias"], A, B, tensors["gain"])
+    assert plan.form != "composed"
+
+
+@pytest.mark.parametrize("wrong", ["x", "bias", "lora_A", "lora_B", "gain"])
+def test_shapes_that_do_not_fit_are_an_error_in_every_door(wrong):
+    shapes = {"x": (3, 4), "bias": (5,), "lora_A": (2, 4), "lora_B": (5, 2), "gain": (2,)}
+    shapes[wrong] = (*shapes[wrong][:-1], 7)
+    t = {name: torch.ones(shape) for name, shape in shapes.items()}
+    operands = t["x"], torch.ones(5, 4), t["bias"], t["lora_A"], t["lora_B"], t["gain"]
+    assert "do not fit" in fused_plan(*operands).why
+    with pytest.raises(RuntimeError):
+        fused_lora_linear(*operands)
+    for form in ("addmm", "triton1"):
+        with pytest.raises(
+            ValueError, match=r"^The operands must have shapes \(M, in\), .*but have"
+        ):
+            torch.ops.lora_core.linear(*operands, torch.float32, form, 0.0, None)
+
+
 def test_an_optimiser_step_between_forward_and_backward_raises():
     for form in (linear.low_rank, linear.merged, through_operator):
         x, W = randn(3, 4), randn(5, 4, seed=1)
@@ -253,6 +330,43 @@ def test_second_gradients_are_right_under_dropout():
     assert gradgradcheck(call, leaves)
 
 
+@pytest.mark.parametrize("p", [1e-7, 7e-6, 0.999_995])
+def test_a_probability_at_the_edge_drops_next_to_nothing_or_next_to_all(p):
+    mask, scale = keep_mask(torch.empty(400_000), p, seed=3)
+    assert float(mask.mean()) == pytest.approx(1 - p, abs=1e-4)
+    assert scale == pytest.approx(min(1 / (1 - p), 65_536), rel=1e-4)
+
+
+def test_the_operator_drops_out_as_the_reference_with_its_seed():
+    seed = torch.tensor([11])
+    leaves = [leaf(t, torch.float64) for t in (randn(6, 4), randn(2, 4, seed=3), randn(5, 2))]
+    W, gain = randn(5, 4, seed=1), torch.tensor(0.7, dtype=torch.float64)
+
+    def operator(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        operands = x, W, None, A, B, gain, torch.float64, "addmm", 0.4, seed
+        return torch.ops.lora_core.linear(*operands)[0]
+
+    def reference(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lora_linear(x, W, None, A, B, 0.7, dropout=0.4, seed=11)
+
+    assert_close(operator(*leaves), reference(*leaves))
+    dy = randn(6, 5)
+    for g, e in zip(
+        torch.autograd.grad(operator(*leaves), leaves, dy),
+        torch.autograd.grad(reference(*leaves), leaves, dy),
+        strict=True,
+    ):
+        assert_close(g, e)
+    assert gradgradcheck(operator, leaves)
+
+
+def test_every_call_of_the_operator_draws_another_mask():
+    operands = torch.ones(8, 40), torch.zeros(8, 40), None, torch.ones(1, 40), torch.ones(8, 1)
+    call = partial(ops.lora_linear, *operands, torch.tensor(1.0), dtype=torch.float32)
+    first, second = (call(form="addmm", dropout=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 # several adapters
 
 
@@ -266,6 +380,13 @@ def test_stacked_adapters_are_the_sum_of_each(ranks, same):
     expected = x @ W.T + sum(g * x @ A.T @ B.T for A, B, g in parts)
     tensors = [(A, B, g if same else torch.tensor(g, dtype=torch.float64)) for A, B, g in parts]
     assert_close(fused_lora_linear(x, W, None, *stack_factors(tensors)), expected)
+
+
+def test_no_samples_choose_nothing():
+    A, B = randn(3, 2, 6), randn(3, 5, 2)
+    index = torch.zeros(0, dtype=torch.long)
+    got = lora_linear_chosen(randn(0, 4, 6), randn(5, 6), None, A, B, torch.ones(3), index)
+    assert got.shape == (0, 4, 5)
 
 
 @pytest.mark.parametrize("lead", [(4,), (4, 3), (4, 2, 3)])
@@ -322,6 +443,41 @@ def test_the_norm_of_a_row_that_cancels_keeps_its_digits():
     got = dora_norm(W, A, B).double()
     # row 0 is what float32 W and B A leave of each other
     assert_close(got[[0, 5]], expected[[0, 5]], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("share", [1e-6, 1.1e-3, 0.1, 0.39, 0.41, 1.0])
+def test_the_norm_keeps_its_digits_whatever_is_left_of_the_row(share):
+    torch.manual_seed(0)
+    A, direction = torch.randn(4, 96), torch.randn(4)
+    row = direction @ A
+    W = torch.stack([row, row])
+    B = torch.stack([-(1 - share**0.5) * direction, torch.zeros(4)])
+    expected = (W.double() + B.double() @ A.double()).norm(dim=1)
+    got = dora_norm(W, A, B).double()
+    assert float(((got - expected) / expected).abs().max()) <= 1e-6
+
+
+def test_the_norm_is_float32_under_autocast_too():
+    W, A, B = (t.float() for t in (randn(64, 96), randn(8, 96, seed=3), randn(64, 8, seed=4)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = dora_norm(W, A, B)
+        out = dora_linear(randn(3, 96).float(), W, torch.ones(64), A, B, 1.0, torch.ones(64))
+    assert torch.equal(got, dora_norm(W, A, B))
+    assert out.dtype is torch.bfloat16
+
+
+def test_a_row_of_zeros_has_no_length_and_finite_gradients():
+    W, A = randn(4, 6), randn(2, 6, seed=3).requires_grad_()
+    W[1] = 0
+    B, magnitude = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True), torch.ones(4)
+    norm = dora_norm(W, A, B)
+    assert norm[1] == 0
+    norm.sum().backward()
+    assert A.grad.isfinite().all()
+    assert B.grad.isfinite().all()
+    out = dora_linear(randn(3, 6), W, None, A, B, 1.0, magnitude.double())
+    assert out.isfinite().all()
+    assert (out[:, 1] == 0).all()
 
 
 def test_the_norm_has_the_gradients_of_the_dense_one():

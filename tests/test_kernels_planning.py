@@ -27,6 +27,8 @@ TABLE = [
     # a matrix so small that calls cost more than arithmetic
     (2, 8, 8, 2, FP32, {}, "merge"),
     (2, 8, 8, 2, BF16, {}, "addmm"),
+    (1, 128, 128, 4, FP32, {}, "merge"),
+    (1, 128, 128, 64, FP32, {}, "addmm"),
     # CUDA
     (4096, 320, 320, 4, BF16, {"device": "cuda", "capability": H100}, "triton1"),
     (4096, 320, 320, 64, BF16, {"device": "cuda", "capability": H100}, "triton2"),

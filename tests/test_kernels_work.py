@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import lora_core
 from benchmarks.measure import flops, saved_bytes, work
 from lora_core import LoRALinear, explain
+from lora_core.functional import fused_lora_linear, lora_linear
 from lora_core.kernels import linear, ops, planning, routing
 
 # tokens, in, out, rank: low-rank form; many tokens over a small matrix: merged form
@@ -42,6 +43,21 @@ def test_nothing_is_kept_but_x_and_one_number_per_token_and_rank(form):
     kept = saved_bytes(lambda: layer(x), apart=[x, *layer.parameters()])
     M, _, _, rank = SHAPES[form]
     assert kept == (M * rank * 4 if form == "addmm" else 0)
+
+
+@pytest.mark.parametrize("form", list(SHAPES))
+def test_only_what_the_wanted_gradients_are_made_from_is_kept(form):
+    layer, x, _ = adapted(form)
+    M, K, _, rank = SHAPES[form]
+    parameters = list(layer.parameters())
+    x.requires_grad_(True)
+    layer.lora_A_default.requires_grad_(False)
+    layer.lora_B_default.requires_grad_(False)
+    assert saved_bytes(lambda: layer(x), apart=parameters) == 0
+    layer.lora_B_default.requires_grad_(True)
+    frozen = x.detach()
+    h, whole = M * rank * 4, M * K * 4
+    assert saved_bytes(lambda: layer(frozen), apart=parameters) == (h if form == "addmm" else whole)
 
 
 def test_three_projections_of_one_x_keep_one_x():
@@ -159,7 +175,7 @@ def on_fake_cuda(M, K, N, rank, dtype=torch.bfloat16):
                 call = torch.ops.lora_core.linear_backward
                 grads.extend(call(dy, x, W, A, B, h, gain, dtype, plan.form, 0.0, None, [True] * 3))
             else:
-                grads.extend(linear.gradients(dy, x, W, A, B, h, 0.5, dtype))
+                grads.extend(linear.gradients(dy, x, W, A, B, h, 0.5, dtype, wide=dtype))
 
         second = work(backward)
         assert [(g.dtype, g.shape) for g in grads] == [(t.dtype, t.shape) for t in (x, A, B)]
@@ -216,6 +232,30 @@ def test_a_compiled_layer_is_one_graph_without_a_second_output_buffer():
     assert (str(M), str(N)) not in made
     assert (str(M), str(K)) not in made
     assert len(codes) == 2
+
+
+def test_a_number_is_copied_to_the_device_once():
+    routing._copied.cache_clear()
+    x = torch.ones(2, 4)
+    gains = [routing._tensor(0.3003, x) for _ in range(3)]
+    assert gains[0] is gains[2]
+    assert gains[0].dtype is torch.float64
+    assert float(gains[0]) == 0.3003
+
+
+def test_a_compiled_function_takes_a_number_and_many_batches_in_one_graph_each():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    W, A, B = torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2)
+    call = torch.compile(
+        lambda x: fused_lora_linear(x, W, None, A, B, 0.7), backend=counter, fullgraph=True
+    )
+    for tokens in (3, 700, 50, 9):
+        x = torch.randn(tokens, 6)
+        assert_close(call(x), lora_linear(x, W, None, A, B, 0.7))
+    assert counter.frame_count <= 2  # one size, then any
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ def draw_seed() -> int:
 
 
 def kept(p: float) -> int:
-    """How many of the 65,536 levels are kept under dropout probability `p`."""
-    return _LEVELS - round(p * _LEVELS)
+    """How many of the 65,536 levels are kept under dropout probability `p`, at least one."""
+    return max(1, _LEVELS - round(p * _LEVELS))
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
@@ -33,8 +33,10 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
 def keep_mask(x: Tensor, p: float, seed: int) -> tuple[Tensor, float]:
     """The mask of `dropped` as ones and zeros in the dtype of `x`, and the scale of what stays."""
     levels = kept(p)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
-    words.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))  # all 64 bits
-    bits = words.view(torch.int16)[: x.numel()]
-    mask = (bits < levels - _LEVELS // 2).to(x.device, x.dtype).view(x.shape)
-    return mask, _LEVELS / max(levels, 1)
+    with torch._C._DisableFuncTorch():  # the same mask for every gradient of a batch of them
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device="cpu")
+        words.random_(-(2**63), None, generator=torch.Generator("cpu").manual_seed(seed))
+        bits = words.view(torch.int16)[: x.numel()]
+        # the threshold is the last level kept: one more would not fit 16 bits where all are
+        mask = (bits <= levels - _LEVELS // 2 - 1).to(x.device, x.dtype).view(x.shape)
+    return mask, _LEVELS / levels

@@ -13,6 +13,7 @@ W, or a copy of x that outlives a product.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from lora_core.kernels.dropout import draw_seed, keep_mask
 
 Gain = float | Tensor
+
+_NOTHING = nullcontext()
 
 
 def low_rank(
@@ -111,24 +114,30 @@ class LowRank(torch.autograd.Function):
         dropout: float,
         seed: int | None,
     ) -> Tensor:
-        """The output; keeps the inputs and h."""
+        """The output; keeps of the inputs and h what the gradients asked for are made from."""
         y, h = forward(x, weight, bias, lora_A, lora_B, gain, dtype, dropout, seed)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, h)
-        ctx.settings = gain, dtype, dropout, seed
+        needs_x, _, _, needs_A, needs_B = ctx.needs_input_grad[:5]
+        # the gradient of B is made from h, and from x only if that gradient may want one of x
+        kept = x if needs_A or (needs_B and needs_x) else None
+        number, vector = (None, gain) if isinstance(gain, Tensor) else (gain, None)
+        ctx.save_for_backward(kept, weight, lora_A, lora_B, h if needs_B else None, vector)
+        ctx.settings = number, dtype, dropout, seed, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of the factors."""
-        x, weight, lora_A, lora_B, h = ctx.saved_tensors
-        operands = grads[0], x, weight, lora_A, lora_B
-        found: Sequence[Tensor | None]
-        if torch.is_grad_enabled():
-            found = differentiable_gradients(*operands, *ctx.settings)
-        else:
-            asked = ctx.needs_input_grad
-            found = gradients(*operands, h, *ctx.settings, needed=(asked[0], asked[3], asked[4]))
-        dx, dA, dB = found
+        x, weight, lora_A, lora_B, h, vector = ctx.saved_tensors
+        number, dtype, dropout, seed, wide = ctx.settings
+        gain = number if vector is None else vector
+        asked = ctx.needs_input_grad
+        needed = asked[0], asked[3], asked[4]
+        way = differentiable_gradients if torch.is_grad_enabled() else gradients
+        dx, dA, dB = way(
+            *(grads[0], x, weight, lora_A, lora_B, h, gain, dtype, dropout, seed),
+            needed=needed,
+            wide=wide,
+        )
         return dx, None, None, dA, dB, None, None, None, None
 
 
@@ -146,26 +155,37 @@ class MergedOnTheFly(torch.autograd.Function):
         gain: Gain,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The output; keeps the inputs alone."""
-        ctx.save_for_backward(x, weight, lora_A, lora_B)
-        ctx.settings = gain, dtype
+        """The output; keeps of the inputs what the gradients asked for are made from."""
+        number, vector = (None, gain) if isinstance(gain, Tensor) else (gain, None)
+        # the gradient of B needs x, that of A too; x's own needs neither
+        kept = x if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(kept, weight, lora_A, lora_B, vector)
+        ctx.settings = number, dtype, x.dtype
         folded = fold(weight, lora_A, lora_B, gain, dtype)
         return _frozen(x, folded, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x and of the factors."""
-        dy = _rows(grads[0])
-        x, weight, lora_A, lora_B = ctx.saved_tensors
-        gain, dtype = ctx.settings
+        with outside_autocast(grads[0]):
+            return MergedOnTheFly._gradients(ctx, grads[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, vector = ctx.saved_tensors
+        number, dtype, wide = ctx.settings
+        gain = number if vector is None else vector
         needs_x, _, _, needs_A, needs_B = ctx.needs_input_grad[:5]
-        A, B, x_ = _as(lora_A, dtype), _as(lora_B, dtype), _as(_rows(x), dtype)
+        A, B, rows = _as(lora_A, dtype), _as(lora_B, dtype), _rows(dy)
+        dx = dA = dB = None
         # every operand is an input, so that these products are differentiable as they stand
-        dA = _skinny(B.t(), dy.t(), gain).mm(x_).to(lora_A.dtype) if needs_A else None
-        dB = _skinny(A, x_.t(), gain).mm(dy).t().to(lora_B.dtype) if needs_B else None
-        dx = None
+        if needs_A:
+            dA = _as(_skinny(B.t(), rows.t(), gain).mm(_as(_rows(x), dtype)), lora_A.dtype)
+        if needs_B:
+            dB = _as(_skinny(A, _as(_rows(x), dtype).t(), gain).mm(rows).t(), lora_B.dtype)
         if needs_x:
-            dx = _as(dy.mm(fold(weight, lora_A, lora_B, gain, dtype)), x.dtype).view(x.shape)
+            dx = _as(rows.mm(fold(weight, lora_A, lora_B, gain, dtype)), wide)
+            dx = dx.view(*dy.shape[:-1], A.shape[1])
         return dx, None, None, dA, dB, None, None
 
 
@@ -173,7 +193,7 @@ def fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Gain, dtype: torc
     """``W + B diag(g) A`` in `dtype`, (N, K), in one product."""
     A, B = _as(lora_A, dtype), _as(lora_B, dtype)
     if isinstance(gain, Tensor):
-        return torch.addmm(_as(weight, dtype), B * gain.to(dtype), A)
+        return torch.addmm(_as(weight, dtype), _as(B * gain, dtype), A)
     return torch.addmm(_as(weight, dtype), B, A, alpha=gain)
 
 
@@ -201,75 +221,103 @@ def forward(
 
 def gradients(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    h: Tensor,
+    h: Tensor | None,
     gain: Gain,
     dtype: torch.dtype,
     dropout: float = 0.0,
     seed: int | None = None,
     *,
     needed: Sequence[bool] = (True, True, True),
+    wide: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dA, dB)``, those that are needed; not differentiable."""
+    """``(dx, dA, dB)``, those that are needed; not differentiable.
+
+    `x` serves dA and `h` dB; each may be None where its gradient is not needed. `wide` is the
+    dtype of x.
+    """
     needs_x, needs_A, needs_B = needed
-    dx = dA = dB = mask = None
-    A, B, dy = _as(lora_A, dtype), _as(lora_B, dtype), _rows(dy)
-    if needs_B:
-        # a GPU writes either layout; a CPU is eight times slower at the one that saves a copy
-        dB = _as(dy.t().mm(h.t()) if dy.is_cuda else h.mm(dy).t(), lora_B.dtype)
-    if needs_x or needs_A:
-        q = _skinny(B.t(), dy.t(), gain)
-        seen = _as(_rows(x), dtype)
-        if seed is not None:
-            mask, scale = keep_mask(seen, dropout, seed)
-    if needs_A:
-        if mask is not None:
-            seen = (seen * mask).mul_(scale)
-        dA = _as(q.mm(seen), lora_A.dtype)
-    if needs_x:
-        dx = dy.mm(_as(weight, dtype))
-        if mask is None:
-            dx.addmm_(q.t(), A)
-        else:
-            dx.addcmul_(q.t().mm(A), mask, value=scale)
-        dx = _as(dx, x.dtype).view(x.shape)
+    dx = dA = dB = None
+    with outside_autocast(dy):
+        A, B, rows = _as(lora_A, dtype), _as(lora_B, dtype), _rows(dy)
+        if needs_B and h is not None:
+            # a GPU writes either layout; a CPU is eight times slower at the one that saves a copy
+            dB = _as(rows.t().mm(h.t()) if dy.is_cuda else h.mm(rows).t(), lora_B.dtype)
+        if needs_x or needs_A:
+            q = _skinny(B.t(), rows.t(), gain)
+            mask, scale = _mask(rows, A, dropout, seed)
+        if needs_A and x is not None:
+            seen = _as(_rows(x), dtype)
+            dA = _as(q.mm(seen if mask is None else (seen * mask).mul_(scale)), lora_A.dtype)
+        if needs_x:
+            dx = rows.mm(_as(weight, dtype))
+            if mask is None:
+                dx.addmm_(q.t(), A)
+            else:
+                dx.addcmul_(q.t().mm(A), mask, value=scale)
+            dx = _as(dx, wide).view(*dy.shape[:-1], A.shape[1])
     return dx, dA, dB
 
 
 def differentiable_gradients(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
+    h: Tensor | None,
     gain: Gain,
     dtype: torch.dtype,
     dropout: float = 0.0,
     seed: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dx, dA, dB)`` by operations that can be differentiated again.
+    *,
+    needed: Sequence[bool] = (True, True, True),
+    wide: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `gradients`, by operations that can be differentiated again.
 
-    Made from the inputs alone: h, kept by a Function, is a constant to autograd, and second-order
-    gradients through it would be silently wrong.
+    Made from the inputs: h, kept by a Function, is a constant to autograd, and second-order
+    gradients through it would be silently wrong. It serves only where x is None, which says that
+    neither x nor lora_A takes a gradient.
     """
-    A, B, dy, seen = _as(lora_A, dtype), _as(lora_B, dtype), _rows(dy), _as(_rows(x), dtype)
-    mask = None
-    if seed is not None:
-        ones, scale = keep_mask(seen, dropout, seed)
-        mask = ones * scale
-        seen = seen * mask
-    q = _skinny(B.t(), dy.t(), gain)
-    through = q.t().mm(A)
-    dx = dy.mm(_as(weight, dtype)) + (through if mask is None else through * mask)
-    dB = _skinny(A, seen.t(), gain).mm(dy).t()
-    return (
-        _as(dx, x.dtype).view(x.shape),
-        _as(q.mm(seen), lora_A.dtype),
-        _as(dB, lora_B.dtype),
-    )
+    needs_x, needs_A, needs_B = needed
+    dx = dA = dB = None
+    with outside_autocast(dy):
+        A, B, rows = _as(lora_A, dtype), _as(lora_B, dtype), _rows(dy)
+        ones, scale = _mask(rows, A, dropout, seed)
+        mask = None if ones is None else ones * scale
+        seen = None if x is None else _as(_rows(x), dtype)
+        if seen is not None and mask is not None:
+            seen = seen * mask
+        if needs_x or needs_A:
+            q = _skinny(B.t(), rows.t(), gain)
+        if needs_A and seen is not None:
+            dA = _as(q.mm(seen), lora_A.dtype)
+        if needs_B:
+            again = h if seen is None else _skinny(A, seen.t(), gain)
+            dB = None if again is None else _as(again.mm(rows).t(), lora_B.dtype)
+        if needs_x:
+            through = q.t().mm(A)
+            dx = rows.mm(_as(weight, dtype)) + (through if mask is None else through * mask)
+            dx = _as(dx, wide).view(*dy.shape[:-1], A.shape[1])
+    return dx, dA, dB
+
+
+def _mask(rows: Tensor, A: Tensor, dropout: float, seed: int | None) -> tuple[Tensor | None, float]:
+    """The mask that the forward dropped x with, (M, K), and its scale."""
+    if seed is None:
+        return None, 1.0
+    return keep_mask(rows.new_empty(rows.shape[0], A.shape[1]), dropout, seed)
+
+
+def outside_autocast(t: Tensor) -> AbstractContextManager[None]:
+    """Autocast off, where it is on: a backward may be called inside, its forward not."""
+    if not torch._C._is_any_autocast_enabled():
+        return _NOTHING
+    return torch.autocast(t.device.type, enabled=False)
 
 
 def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -307,11 +355,11 @@ def spread(h: Tensor, gain: Tensor) -> Tensor:
         - gain: a scalar, ``(R,)``, or ``(batch, R)`` where `batch` divides M
         - Output: ``(R, M)``
     """
-    gain = gain.to(h.dtype)
+    # in the wider of both dtypes, rounded once: a gain of 0.3 in 16 bits is off at every step
     if gain.ndim == 2:
         samples = h.view(*gain.t().shape, h.shape[1] // max(len(gain), 1))  # (R, batch, n)
-        return (samples * gain.t()[:, :, None]).view(h.shape)
-    return h * (gain[:, None] if gain.ndim else gain)
+        return _as(samples * gain.t()[:, :, None], h.dtype).view(h.shape)
+    return _as(h * (gain[:, None] if gain.ndim else gain), h.dtype)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -69,7 +69,8 @@ def _forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if form not in TRITON or not x.is_cuda:
+    _check_shapes(x, weight, bias, lora_A, lora_B, gain)
+    if not by_triton(x, form):
         operands = x, weight, bias, lora_A, lora_B, gain
         return forward(*operands, dtype, dropout, _number(seed))
     from lora_core.kernels.triton import launch
@@ -97,9 +98,10 @@ def _backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     found: Sequence[Tensor | None]
-    if form not in TRITON or not x.is_cuda:
+    if not by_triton(x, form):
         operands = dy, x, weight, lora_A, lora_B, h, gain
-        found = gradients(*operands, dtype, dropout, _number(seed), needed=needed)
+        seed_number = _number(seed)
+        found = gradients(*operands, dtype, dropout, seed_number, needed=needed, wide=x.dtype)
     else:
         from lora_core.kernels.triton import launch
 
@@ -121,6 +123,44 @@ def _backward(
     return dx, dA, dB
 
 
+def by_triton(x: Tensor, form: str) -> bool:
+    """Whether the Triton kernels answer, rather than eager arithmetic."""
+    return form in TRITON and x.is_cuda
+
+
+def _check_shapes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+) -> None:
+    """Refuses operands that do not fit: a kernel would read beyond them."""
+    (out_features, in_features), rank = weight.shape, lora_A.shape[0]
+    fit = (
+        x.ndim == 2
+        and x.shape[1] == in_features
+        and lora_A.shape == (rank, in_features)
+        and lora_B.shape == (out_features, rank)
+        and (bias is None or bias.shape == (out_features,))
+        and (gain.ndim == 0 or gain.shape[-1] == rank)
+    )
+    if not fit:
+        shapes = {
+            name: None if t is None else tuple(t.shape)
+            for name, t in zip(
+                ("x", "weight", "bias", "lora_A", "lora_B", "gain"),
+                (x, weight, bias, lora_A, lora_B, gain),
+                strict=True,
+            )
+        }
+        raise ValueError(
+            "The operands must have shapes (M, in), (out, in), (out,), (R, in), (out, R) and () or"
+            f" (R,), but have {shapes}."
+        )
+
+
 def _number(seed: Tensor | None) -> int | None:
     return None if seed is None else int(seed.item())
 
@@ -129,17 +169,18 @@ def _number(seed: Tensor | None) -> int | None:
 def _shapes(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,  # noqa: ARG001
+    bias: Tensor | None,
     lora_A: Tensor,
-    lora_B: Tensor,  # noqa: ARG001
-    gain: Tensor,  # noqa: ARG001
+    lora_B: Tensor,
+    gain: Tensor,
     dtype: torch.dtype,
     form: str,
     dropout: float,  # noqa: ARG001
     seed: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
+    _check_shapes(x, weight, bias, lora_A, lora_B, gain)
     tokens, rank = x.shape[0], lora_A.shape[0]
-    shape = (tokens, rank) if form in TRITON and x.is_cuda else (rank, tokens)
+    shape = (tokens, rank) if by_triton(x, form) else (rank, tokens)
     return x.new_empty(tokens, weight.shape[0], dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
@@ -179,13 +220,15 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
     found: Sequence[Tensor]
     # a graph of the gradients, which no tracer makes, needs differentiable operations
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        if seed is not None and form in TRITON and x.is_cuda:
+        if seed is not None and by_triton(x, form):
             raise NotImplementedError(
                 "Second derivatives must be taken without dropout where a Triton kernel drew the"
                 f" mask, but dropout is {dropout:g}. Call `model.eval()` or set dropout to 0."
             )
-        operands = dy, x, weight, lora_A, lora_B, gain
-        found = differentiable_gradients(*operands, dtype, dropout, _number(seed))
+        operands = dy, x, weight, lora_A, lora_B, None, gain
+        found = differentiable_gradients(  # type: ignore[assignment]
+            *operands, dtype, dropout, _number(seed), needed=wanted, wide=x.dtype
+        )
     else:
         found = torch.ops.lora_core.linear_backward(
             dy, x, weight, lora_A, lora_B, h, gain, dtype, form, dropout, seed, wanted

@@ -4,7 +4,7 @@ Multiply-adds, with M tokens, K in_features, N out_features, R ranks in all:
 
     frozen layer     forward M K N                 backward M K N (for x alone)
     "addmm"          forward + M R (K + N)         backward + 2 M R (K + N)
-    "merge"          forward + K N R               backward + K N R + 3 M R K + 2 M R N
+    "merge"          forward + K N R               backward + K N R + 2 M R (K + N)
 
 and the (M, K) or (M, N) sized traffic that each adds on top of the frozen layer's:
 
@@ -18,17 +18,17 @@ form recomputes ``x A^T`` in every column of tiles, so it pays only while a call
 or by launches.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from lora_core.kernels.triton.configs import LEAST_CAPABILITY, MAX_RANK
+
 MERGE_RATIO = 8.0  # merge on the fly above this M (K + N) / (K N)
-SMALL_MATRIX = 2**14  # numbers in a matrix whose fold costs less than one more call
-MOST_RANK = 64  # the widest rank that the Triton kernels hold in registers
+SMALL_MATRIX = 2**14  # numbers in a matrix whose fold may cost less than one more call
+SMALL_FOLD = 2**17  # and multiply-adds that such a fold may take
 ONE_KERNEL_RANK = 32  # the widest rank that the one-kernel form carries along
 ONE_KERNEL_WORK = 2**33  # multiply-adds above which a call is bound by arithmetic
-LEAST_CAPABILITY = (8, 0)  # below, Triton finds no tensor cores to use
 
 
 class Plan(NamedTuple):
@@ -55,7 +55,6 @@ ONE_KERNEL = Plan("triton1", "bound by memory or launches, small rank: one kerne
 TWO_KERNELS = Plan("triton2", "bound by arithmetic or wide rank: split at the rank")
 
 
-@lru_cache(maxsize=1024)
 def choose(
     tokens: int,
     in_features: int,
@@ -92,7 +91,7 @@ def choose(
     shared_matrix = not dropout and not per_sample
     half = dtype in (torch.float16, torch.bfloat16)
     tensor_cores = device == "cuda" and half and (capability or (0, 0)) >= LEAST_CAPABILITY
-    if tensor_cores and not per_sample and rank <= MOST_RANK:
+    if tensor_cores and not per_sample and rank <= MAX_RANK:
         light = tokens * in_features * out_features <= ONE_KERNEL_WORK and rank <= ONE_KERNEL_RANK
         return ONE_KERNEL if light and not dropout else TWO_KERNELS
     if dropout and device == "cuda":
@@ -101,7 +100,7 @@ def choose(
     if half or not shared_matrix or tokens == 0:
         return LOW_RANK
     matrix = in_features * out_features
-    if device == "cpu" and matrix <= SMALL_MATRIX:
+    if device == "cpu" and matrix <= SMALL_MATRIX and matrix * rank <= SMALL_FOLD:
         return MERGE_SMALL
     outweighed = tokens * (in_features + out_features) > MERGE_RATIO * matrix
     return MERGE if outweighed else LOW_RANK

@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lora_core.kernels import linear
 from lora_core.kernels.linear import Gain
@@ -25,9 +26,14 @@ _DTYPES = Plan(
     "composed", "the operands differ in dtype, or it is not a floating type of 16 bits or more"
 )
 _BATCH = Plan("composed", "the gains per sample do not fit the batch of x")
+_SHAPES = Plan("composed", "the operands' shapes do not fit, or a size is zero or symbolic")
+_CACHED = Plan("composed", "selective checkpointing keeps products that must not change")
 _COMPILED = Plan("addmm", "under torch.compile the low-rank form is one graph for every size")
 
 _PLAIN = (Tensor, nn.Parameter)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TYPICAL_TOKENS = 4096  # what a compiled graph is planned for, whatever it is called with
+_chosen = functools.lru_cache(maxsize=1024)(choose)
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
@@ -51,46 +57,66 @@ def route(
             return _EXPORT
     elif torch._C._get_tracing_state() is not None:
         return _EXPORT
+    elif torch._C._len_torch_dispatch_stack():
+        plan = _under_a_mode()
+        if plan is not None:
+            return plan
     if torch._C._are_functorch_transforms_active():
         return _TRANSFORM
     if forward_ad._current_level >= 0:
         return _FORWARD_AD
-    if not compiling:
-        for operand in (x, weight, lora_A, lora_B):
-            if type(operand) not in _PLAIN and not _is_fake(operand):
-                return _SUBCLASS
-        if x.is_nested or weight.layout is not torch.strided:
+    for operand in (x, weight, lora_A, lora_B):
+        if type(operand) not in _PLAIN and (compiling or not _is_fake(operand)):
             return _SUBCLASS
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return _TRAINED
+    if x.is_nested or x.layout is not torch.strided or weight.layout is not torch.strided:
+        return _SUBCLASS
+    shape, rank = weight.shape, lora_A.shape[0]
+    size = shape[1]
+    if (
+        x.ndim == 0
+        or x.shape[-1] != size
+        or size == 0
+        or lora_A.shape[1] != size
+        or lora_B.shape != (shape[0], rank)
+        or (bias is not None and bias.shape != shape[:1])
+    ):
+        return _SHAPES
+    per_sample = False
     if isinstance(gain, Tensor):
-        if gain.requires_grad:
+        per_sample = gain.ndim == 2
+        if gain.requires_grad and torch.is_grad_enabled():
             return _TRAINED
-        if gain.ndim == 2 and (x.ndim < 2 or gain.shape[0] != x.shape[0]):
+        if per_sample and (x.ndim < 2 or gain.shape[0] != x.shape[0]):
             return _BATCH
-    dtype, cast = x.dtype, torch._C._is_any_autocast_enabled()
-    if cast:
-        dtype = computed_in(x)
+        if gain.ndim and gain.shape[-1] != rank:
+            return _SHAPES
+    if (weight.requires_grad or (bias is not None and bias.requires_grad)) and (
+        torch.is_grad_enabled()
+    ):
+        return _TRAINED
+    dtype = x.dtype
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (dtype, weight.dtype) or weight.dtype not in _FLOATS:
+            return _DTYPES
+        if dtype in _FLOATS:
+            dtype = computed_in(x)
     elif dtype is not weight.dtype or (bias is not None and bias.dtype is not dtype):
         return _DTYPES
     if dtype not in _FLOATS:
         return _DTYPES
-    on_gpu = x.is_cuda
-    arch = capability(x.device) if on_gpu else None
-    if compiling and not on_gpu:
-        return _COMPILED
-    size = x.shape[-1]
-    return choose(
-        x.numel() // size if size else 0,
-        size,
-        weight.shape[0],
-        lora_A.shape[0],
-        dtype,
-        "cuda" if on_gpu else "cpu",
-        arch,
-        dropout > 0,
-        isinstance(gain, Tensor) and gain.ndim == 2,
-    )
+    if not x.is_cuda:
+        if compiling:
+            return _COMPILED
+        tokens = x.numel() // size
+        if not isinstance(tokens, int) or (dropout > 0 and _is_fake(x)):
+            return _SHAPES
+        return _chosen(tokens, size, shape[0], rank, dtype, "cpu", None, dropout > 0, per_sample)
+    flags = dtype, "cuda", capability(x.device), dropout > 0, per_sample
+    if not compiling:
+        return _chosen(x.numel() // size, size, shape[0], rank, *flags)
+    # thresholds on the tokens would become guards, and every other batch another graph
+    plan = choose(_TYPICAL_TOKENS, size, shape[0], rank, *flags)
+    return _COMPILED if plan.form == "merge" else plan
 
 
 def run(
@@ -112,8 +138,7 @@ def run(
     if plan.form in TRITON or torch.compiler.is_compiling():
         from lora_core.kernels import ops  # 10 ms that only tracers and GPUs need
 
-        traced = gain if isinstance(gain, Tensor) else torch.tensor(gain, device=x.device)
-        operands = x, weight, bias, lora_A, lora_B, traced
+        operands = x, weight, bias, lora_A, lora_B, _tensor(gain, x)
         return ops.lora_linear(*operands, dtype=dtype, form=plan.form, dropout=dropout)
     if plan.form == "merge":
         return linear.merged(x, weight, bias, lora_A, lora_B, gain, dtype=dtype)
@@ -134,9 +159,31 @@ def _is_fake(operand: Tensor) -> bool:
     return module is not None and type(operand) is module.FakeTensor
 
 
-@functools.lru_cache
+def _under_a_mode() -> Plan | None:
+    """What an active dispatch mode asks for, None if nothing."""
+    modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
+    if "ProxyTorchDispatchMode" in modes:
+        return _EXPORT
+    if modes & {"_CachingTorchDispatchMode", "_CachedTorchDispatchMode"}:
+        return _CACHED
+    return None
+
+
+def _tensor(gain: Gain, x: Tensor) -> Tensor:
+    """The gain as a tensor where x is; a number is copied there once, not once per call."""
+    if isinstance(gain, Tensor):
+        return gain
+    if torch.compiler.is_compiling() or _is_fake(x):
+        return torch.full((), gain, dtype=torch.float64, device=x.device)
+    return _copied(gain, x.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _copied(gain: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.tensor(gain, dtype=torch.float64, device=device)
+
+
 def capability(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of a CUDA device where Triton can be used, else None."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device) if _HAS_TRITON else None
