@@ -14,6 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from lora_core import functional
+from lora_core.kernels import ops, planning
 from lora_core.kernels.triton import calls, launch
 from lora_core.kernels.triton.calls import multiply_expand, project
 
@@ -270,6 +272,80 @@ def test_dropout_of_nothing_changes_nothing():
 def test_a_projection_alone_is_a_product():
     x, a = poisoned(33, 300, dtype=SINGLE), poisoned(7, 300, dtype=SINGLE)
     assert error(project(x, a), x.double() @ a.double().t()) <= 5e-7
+
+
+@pytest.fixture
+def glued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's operators call the kernels, as they do for CUDA tensors."""
+    monkeypatch.setattr(ops, "by_triton", lambda x, form: form in planning.TRITON)
+
+
+def operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(9, 20), torch.randn(12, 20), torch.randn(12)
+    factors = torch.randn(3, 20), torch.randn(12, 3)  # float32 over a base of any dtype
+    leaves = [t.detach().requires_grad_() for t in (x.to(dtype), *factors)]
+    return leaves[0], weight.to(dtype), bias.to(dtype), *leaves[1:]
+
+
+@pytest.mark.usefixtures("glued")
+@pytest.mark.parametrize("form", sorted(planning.TRITON))
+@pytest.mark.parametrize("gain", [torch.tensor(-0.7), torch.tensor([0.5, 2.0, -1.0])])
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (1, 2), (0,)])
+def test_the_operators_hand_the_kernels_what_they_ask_for(form, gain, wanted):
+    given = operands(HALF)
+    x, *_, lora_A, lora_B = given
+    leaves = [(x, lora_A, lora_B)[i] for i in wanted]
+    for leaf in (x, lora_A, lora_B):
+        leaf.requires_grad_(any(leaf is asked for asked in leaves))
+    y = ops.lora_linear(*given, gain, dtype=HALF, form=form)
+    wide = [t.detach().double() for t in given]
+    twins = [wide[0], wide[3], wide[4]]
+    for twin in twins:
+        twin.requires_grad_()
+    truth = functional.lora_linear(*wide, gain)
+    dy = torch.randn(9, 12)
+    found = torch.autograd.grad(y, leaves, dy.half())
+    expected = torch.autograd.grad(truth, [twins[i] for i in wanted], dy.half().double())
+    assert error(y.detach(), truth.detach()) < 2e-3
+    for leaf, got, right in zip(leaves, found, expected, strict=True):
+        assert got.dtype is leaf.dtype
+        assert error(got, right) < 2e-3
+
+
+@pytest.mark.usefixtures("glued")
+def test_the_operators_drop_out_by_one_mask_in_all_places():
+    given = operands(SINGLE)
+    x, weight, bias, lora_A, lora_B = given
+    torch.manual_seed(1)
+    y = ops.lora_linear(*given, torch.tensor(0.7), dtype=SINGLE, form="triton2", dropout=0.5)
+    dy = torch.randn(9, 12)
+    _, dA, dB = torch.autograd.grad(y, (x, lora_A, lora_B), dy, retain_graph=True)
+    update = (y - F.linear(x, weight, bias)).detach()
+    whole = functional.lora_update(x, lora_A, lora_B, 0.7)
+    assert error(update, whole.detach()) > 0.1
+    # the update is linear in either factor, so each gradient gives it back
+    by_dy = float((dy * update).sum())
+    assert float((dA * lora_A.detach()).sum()) == pytest.approx(by_dy, rel=1e-4)
+    assert float((dB * lora_B.detach()).sum()) == pytest.approx(by_dy, rel=1e-4)
+    with pytest.raises(
+        NotImplementedError, match=r"^Second derivatives must be taken without dropout .* is 0\.5\."
+    ):
+        torch.autograd.grad(y, x, dy, create_graph=True)
+
+
+@pytest.mark.usefixtures("glued")
+def test_second_derivatives_through_the_operators_are_plain_operations():
+    given = operands(SINGLE)
+    y = ops.lora_linear(*given, torch.tensor(0.7), dtype=SINGLE, form="triton1")
+    truth = functional.lora_linear(*given, 0.7)
+    found, right = (
+        torch.autograd.grad(
+            torch.autograd.grad(out.square().sum(), given[0], create_graph=True)[0].sum(), given[3]
+        )[0]
+        for out in (y, truth)
+    )
+    assert error(found, right) < 1e-5
 
 
 class TestRefusals:
