@@ -291,6 +291,75 @@ def test_values_out_of_range_are_refused() -> None:
         ValueError, match=r"^`betas` must lie strictly between 0 and 1, but is from"
     ):
         Schedule(torch.tensor([0.1, 1.0]))
+    with pytest.raises(TypeError, match=r"^`betas` must be a tensor, but is a list\. Pass `torch"):
+        Schedule([0.1])
+    for sample in (
+        partial(sample_ddim, linear_model, schedule, CONTEXT),
+        Schedule.linear,
+    ):
+        with pytest.raises(TypeError, match=r"^`steps` must be an integer, but is 2\.5\.$"):
+            sample(steps=2.5)
+    for weight in (-1.0, 0.0, torch.nan):
+        with pytest.raises(ValueError, match=r"^`largest_weight` must be greater than 0, but is"):
+            noise_prediction_loss(linear_model, schedule, images(), CONTEXT, largest_weight=weight)
+
+
+@pytest.mark.parametrize("step", [-1, 200])
+def test_a_timestep_outside_the_schedule_is_refused(step: int) -> None:
+    z0 = images()
+    with pytest.raises(ValueError, match=rf"^`t` must be from 0 to 199, but is {step}\.$"):
+        q_sample(SCHEDULES["linear"], z0, torch.tensor([0, step, 1, 2]), z0)
+
+
+def test_whole_numbers_are_refused_as_an_image_and_others_as_timesteps() -> None:
+    schedule, t = SCHEDULES["linear"], torch.zeros(4, dtype=torch.long)
+    z0 = torch.full((4, *SHAPE), 200, dtype=torch.uint8)
+    with pytest.raises(
+        TypeError, match=r"^`z0` must be floating, but has dtype torch\.uint8\. Wri"
+    ):
+        q_sample(schedule, z0, t, torch.randn(4, *SHAPE))
+    with pytest.raises(
+        TypeError, match=r"^`z0` must be floating, but has dtype torch\.uint8\. Wri"
+    ):
+        noise_prediction_loss(linear_model, schedule, z0, CONTEXT)
+    for dtype in (torch.float32, torch.bool, torch.uint8):
+        with pytest.raises(TypeError, match="^`t` must be int32 or int64, but has dtype torch"):
+            q_sample(schedule, images(), t.to(dtype), images())
+
+
+@pytest.mark.parametrize("wrong", [(1, 6, 6), (4, 1, 6, 1), (1,)])
+def test_a_prediction_that_would_broadcast_is_refused(wrong: tuple[int, ...]) -> None:
+    schedule, z0 = SCHEDULES["linear"], images()
+
+    def broken(z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return z.new_zeros(wrong)
+
+    said = r"^`model` must return the shape of `z` = \({}, 1, 6, 6\), but returns \({}"
+    one, two = said.format(4, wrong[0]), said.format(8, wrong[0])
+    for weight in (None, 5.0):
+        with pytest.raises(ValueError, match=one):
+            noise_prediction_loss(broken, schedule, z0, CONTEXT, largest_weight=weight)
+    with pytest.raises(ValueError, match=one):
+        sample_ddim(broken, schedule, CONTEXT, shape=SHAPE)
+    with pytest.raises(ValueError, match=two):
+        sample_ddim(broken, schedule, CONTEXT, shape=SHAPE, guidance=2.0, null_context=CONTEXT)
+
+
+def test_a_clipped_picture_and_its_noise_still_make_up_the_noisy_one() -> None:
+    schedule, start = SCHEDULES["linear"], 3 * images()
+    seen: list[Tensor] = []
+
+    def silent(z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        seen.append(z)
+        return 0 * z
+
+    sample_ddim(silent, schedule, CONTEXT, steps=2, shape=SHAPE, noise=start, clip=0.5)
+    # without noise the picture is start / signal: far outside the bound at the last timestep
+    signal, noise = schedule.signal_and_noise(torch.full((4,), 199), start)
+    picture = (start / signal).clamp(-0.5, 0.5)
+    assert ((start / signal).abs() > 0.5).double().mean() > 0.5
+    left = (start - signal * picture) / noise
+    assert_close(seen[1], q_sample(schedule, picture, torch.full((4,), 99), left))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

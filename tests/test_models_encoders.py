@@ -70,6 +70,16 @@ def test_patches_are_read_row_by_row() -> None:
     assert changed.tolist() == [False, True, False, False]
 
 
+def test_a_patch_is_read_channel_by_channel_then_row_by_row() -> None:
+    encoder = ImageEncoder(channels=2, size=4, patch=2, dim=6)
+    linear = encoder.projection[1]
+    image = torch.randn(1, 2, 4, 4)
+    tokens = encoder(image)[0] - encoder.position.weight
+    for index, (top, left) in enumerate([(0, 0), (0, 2), (2, 0), (2, 2)]):
+        patch = image[0, :, top : top + 2, left : left + 2]
+        assert_close(tokens[index], linear(patch.flatten()))
+
+
 def test_a_map_token_is_blind_to_the_order_of_pixels_in_its_patch() -> None:
     encoder = SemanticMapEncoder(classes=5, size=4, patch=2, dim=6)
     maps = torch.randint(5, (1, 4, 4))

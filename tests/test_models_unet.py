@@ -6,6 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from lora_core.models import UNet
+from lora_core.models.unet import TimeEmbedding
 
 
 def small() -> UNet:
@@ -31,6 +32,47 @@ def test_the_prediction_depends_on_image_time_and_context() -> None:
     assert out.std() > 0
     for changed in (unet(z + 1, t, context), unet(z, t + 5, context), unet(z, t, context.neg())):
         assert (changed - out).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
+def test_what_the_coarser_resolutions_lose_comes_back_over_the_skip_connections() -> None:
+    unet, (z, t, context) = small(), inputs()
+    # nothing but the skip is left of the finest resolution
+    for p in unet.upsamplers.parameters():
+        nn.init.zeros_(p)
+    out = unet(z, t, context)
+    assert (unet(z + torch.randn_like(z), t, context) - out).abs().mean() > 1e-2
+
+
+def test_the_up_blocks_read_the_matching_down_blocks_output() -> None:
+    unet, (z, t, context) = small(), inputs()
+    seen: dict[str, torch.Tensor] = {}
+    for name in ("down_blocks.0", "down_blocks.1"):
+        unet.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: out})
+        )
+    for name in ("up_blocks.0", "up_blocks.1"):
+        unet.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0]})
+        )
+    unet(z, t, context)
+    for down, up in (("down_blocks.1", "up_blocks.0"), ("down_blocks.0", "up_blocks.1")):
+        assert seen[down].abs().mean() > 1e-2
+        assert torch.equal(seen[up].chunk(2, dim=1)[1], seen[down])
+
+
+def test_the_time_embedding_is_sines_and_cosines_of_falling_rates() -> None:
+    embedding = TimeEmbedding(frequencies=6, time_dim=12)
+    waves: list[torch.Tensor] = []
+    embedding.linear_1.register_forward_pre_hook(lambda module, args: waves.append(args[0]))
+    embedding(torch.tensor([0.0, 3.0, 8.0]))
+    sines, cosines = waves[0].chunk(2, dim=1)
+    assert sines.shape == cosines.shape == (3, 6)
+    assert_close(sines**2 + cosines**2, torch.ones(3, 6))
+    assert_close(sines[0], torch.zeros(6))
+    # of an angle a wave alone cannot tell t from -t or from pi - t; both together can
+    angles = torch.atan2(sines[1], cosines[1])
+    assert_close(angles[0], torch.tensor(3.0))
+    assert (angles.diff() < 0).all()
 
 
 def test_samples_of_a_batch_do_not_see_each_other() -> None:
@@ -98,9 +140,14 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     unet, (z, t, context) = small(), inputs()
     with pytest.raises(
         ValueError,
-        match=r"^`z` must have shape \(batch, 2, height, width\), but has \(3, 1, 8, 8\)",
+        match=r"^`z` must have shape \(batch, 2, height, width\) with both at least 1, "
+        r"but has \(3, 1, 8, 8\)\.$",
     ):
         unet(z[:, :1], t, context)
+    with pytest.raises(ValueError, match=r"^`z` must have shape .*, but has \(3, 2, 0, 8\)\.$"):
+        unet(z[:, :, :0], t, context)
+    with pytest.raises(TypeError, match=r"^`context` must be a tensor, but is None\.$"):
+        unet(z, t, None)
     with pytest.raises(
         ValueError, match=r"^`context` must have shape \(3, tokens, 6\), but has \(3, 4, 5\)\.$"
     ):
@@ -116,6 +163,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^`in_channels` must be at least 1, but is 0\.$"):
         UNet(in_channels=0)
+    for size in ("context_dim", "heads", "dim_head", "time_dim", "groups"):
+        with pytest.raises(ValueError, match=rf"^`{size}` must be at least 1, but is 0\.$"):
+            UNet(**{size: 0})
     with pytest.raises(
         ValueError, match=r"^`channels` must be multiples of `groups` = 8, but is \(12, 64, 64\)\.$"
     ):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core.models._checks import check_floating, check_indices
+
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A noise prediction ``eps(z_t, t, context)``, such as a `UNet`."""
 
@@ -36,6 +38,7 @@ class Schedule:
 
     Raises:
         ValueError: If `betas` has another shape or leaves that range.
+        TypeError: If it is no tensor.
 
     Example:
         >>> schedule = Schedule.linear(1000)
@@ -46,6 +49,11 @@ class Schedule:
     betas: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.betas, Tensor):
+            raise TypeError(
+                f"`betas` must be a tensor, but is a {type(self.betas).__name__}."
+                " Pass `torch.tensor(betas)`."
+            )
         if self.betas.ndim != 1 or len(self.betas) == 0:
             raise ValueError(f"`betas` must have shape (T,), but has {tuple(self.betas.shape)}.")
         low, high = (float(extreme) for extreme in self.betas.aminmax())
@@ -84,9 +92,15 @@ class Schedule:
             - t: integers, ``(batch,)``
             - like: ``(batch, ...)``
             - Output: two of ``(batch, 1, ...)``, in the dtype of `like`
+
+        Raises:
+            ValueError: If `t` has another shape or is no timestep of this schedule.
+            TypeError: If `t` is not of integers, or `like` is not floating.
         """
+        check_floating("like", like)
         if t.shape != like.shape[:1]:
             raise ValueError(f"`t` must have shape ({like.shape[0]},), but has {tuple(t.shape)}.")
+        check_indices("t", t, len(self))
         alpha_bar = self.alphas_cumprod.to(t.device)[t].reshape(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
@@ -101,6 +115,10 @@ def q_sample(schedule: Schedule, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor
         - t: integers, ``(batch,)``
         - Output: the shape of `z0`
 
+    Raises:
+        ValueError: If a shape does not fit, or `t` is no timestep of the schedule.
+        TypeError: If `z0` is not floating, or `t` is not of integers.
+
     Reference:
         Ho et al., "Denoising Diffusion Probabilistic Models", 2020, equation 4.
 
@@ -109,6 +127,7 @@ def q_sample(schedule: Schedule, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor
         >>> q_sample(Schedule.linear(), z0, torch.tensor([0, 999]), torch.randn_like(z0)).shape
         torch.Size([2, 1, 28, 28])
     """
+    check_floating("z0", z0)
     if noise.shape != z0.shape:
         raise ValueError(
             f"`noise` must have the shape of `z0` = {tuple(z0.shape)}, "
@@ -139,14 +158,22 @@ def noise_prediction_loss(
         - context: ``(batch, tokens, context_dim)``
         - Output: a number
 
+    Raises:
+        ValueError: If the prediction's shape is not that of `z0`, or `largest_weight` is not
+            positive.
+        TypeError: If `z0` is not floating.
+
     Reference:
         Ho et al., "Denoising Diffusion Probabilistic Models", 2020, equation 14.
     """
+    check_floating("z0", z0)
+    if largest_weight is not None and not largest_weight > 0:
+        raise ValueError(f"`largest_weight` must be greater than 0, but is {largest_weight:g}.")
     device = generator.device if generator is not None else z0.device
     t = torch.randint(len(schedule), z0.shape[:1], generator=generator, device=device)
     noise = torch.randn(z0.shape, generator=generator, device=device, dtype=z0.dtype)
     t, noise = t.to(z0.device), noise.to(z0.device)
-    prediction = model(q_sample(schedule, z0, t, noise), t, context)
+    prediction = _predicted(model, q_sample(schedule, z0, t, noise), t, context)
     if largest_weight is None:
         return F.mse_loss(prediction, noise)
     signal_rate, noise_rate = schedule.signal_and_noise(t, z0)
@@ -169,14 +196,14 @@ def guided(
         - Output: the shape of `z`
 
     Raises:
-        ValueError: If guidance needs `null` and it is missing, or its shape does not fit.
+        ValueError: If guidance needs `null` and it is missing, or a shape does not fit.
 
     Reference:
         Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022, equation 6, where their
         w is ``guidance - 1``.
     """
     if guidance == 1:
-        return model(z, t, context)
+        return _predicted(model, z, t, context)
     if null is None:
         raise ValueError(
             f"`null_context` must be given when `guidance` differs from 1, but is None and "
@@ -188,7 +215,7 @@ def guided(
             f"but has {tuple(null.shape)}. Its batch may be 1."
         )
     both = torch.cat([context, null.expand_as(context)])
-    eps, eps_null = model(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+    eps, eps_null = _predicted(model, torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
     return eps_null + guidance * (eps - eps_null)
 
 
@@ -276,7 +303,8 @@ def sample_ddim(
         - Output: ``(batch, *shape)``
 
     Raises:
-        ValueError: If `steps`, `eta` or a shape does not fit.
+        ValueError: If `steps`, `eta` or a shape does not fit, that of the prediction included.
+        TypeError: If `steps` is no integer.
 
     Reference:
         Song et al., "Denoising Diffusion Implicit Models", 2021, equations 12 and 16.
@@ -287,6 +315,7 @@ def sample_ddim(
         >>> sample_ddim(silent, Schedule.linear(), torch.zeros(2, 4, 64), steps=5).shape
         torch.Size([2, 1, 28, 28])
     """
+    _check_integer(steps)
     if not 1 <= steps <= len(schedule):
         raise ValueError(f"`steps` must be from 1 to {len(schedule)}, but is {steps}.")
     if not 0 <= eta <= 1:
@@ -322,6 +351,23 @@ def sample_ddim(
     return z
 
 
+def _predicted(model: Model, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """The prediction, which must not broadcast."""
+    eps = model(z, t, context)
+    if eps.shape != z.shape:
+        raise ValueError(
+            f"`model` must return the shape of `z` = {tuple(z.shape)}, "
+            f"but returns {tuple(eps.shape)}."
+        )
+    return eps
+
+
+def _check_integer(steps: int) -> None:
+    if not hasattr(steps, "__index__"):
+        raise TypeError(f"`steps` must be an integer, but is {steps!r}.")
+
+
 def _check_steps(steps: int) -> None:
+    _check_integer(steps)
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, but is {steps}.")

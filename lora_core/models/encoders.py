@@ -5,6 +5,8 @@ from einops import rearrange
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
+from lora_core.models._checks import check_indices, check_sizes
+
 
 class LabelEncoder(nn.Module):
     """Several learned tokens per class label, and as many for no label at all.
@@ -38,7 +40,7 @@ class LabelEncoder(nn.Module):
 
     def __init__(self, labels: int, dim: int, tokens: int = 4) -> None:
         super().__init__()
-        _check_sizes(labels=labels, dim=dim, tokens=tokens)
+        check_sizes(labels=labels, dim=dim, tokens=tokens)
         self.tokens = tokens
         self.embedding = nn.Embedding(labels + 1, tokens * dim)
 
@@ -51,7 +53,7 @@ class LabelEncoder(nn.Module):
         """Look the tokens of each label up."""
         if labels.ndim != 1:
             raise ValueError(f"`labels` must have shape (batch,), but has {tuple(labels.shape)}.")
-        _check_indices("labels", labels, self.embedding.num_embeddings)
+        check_indices("labels", labels, self.embedding.num_embeddings)
         looked_up: Tensor = self.embedding(labels)
         return rearrange(looked_up, "b (n d) -> b n d", n=self.tokens)
 
@@ -87,7 +89,7 @@ class TokenEncoder(nn.Module):
 
     def __init__(self, vocabulary: int, dim: int, max_tokens: int = 77) -> None:
         super().__init__()
-        _check_sizes(vocabulary=vocabulary, dim=dim, max_tokens=max_tokens)
+        check_sizes(vocabulary=vocabulary, dim=dim, max_tokens=max_tokens)
         self.embedding = nn.Embedding(vocabulary, dim)
         self.position = nn.Embedding(max_tokens, dim)
 
@@ -99,7 +101,7 @@ class TokenEncoder(nn.Module):
                 f"`ids` must have shape (batch, n) with n at most {longest}, "
                 f"but has {tuple(ids.shape)}."
             )
-        _check_indices("ids", ids, self.embedding.num_embeddings)
+        check_indices("ids", ids, self.embedding.num_embeddings)
         out: Tensor = self.embedding(ids) + self.position.weight[: ids.shape[1]]
         return out
 
@@ -131,7 +133,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, channels: int, size: int, patch: int, dim: int) -> None:
         super().__init__()
-        _check_sizes(channels=channels, size=size, patch=patch, dim=dim)
+        check_sizes(channels=channels, size=size, patch=patch, dim=dim)
         if size % patch:
             raise ValueError(f"`patch` must divide `size` = {size}, but is {patch}.")
         self.image_shape = (channels, size, size)
@@ -185,7 +187,7 @@ class SemanticMapEncoder(nn.Module):
 
     def __init__(self, classes: int, size: int, patch: int, dim: int) -> None:
         super().__init__()
-        _check_sizes(classes=classes, size=size, patch=patch, dim=dim)
+        check_sizes(classes=classes, size=size, patch=patch, dim=dim)
         if size % patch:
             raise ValueError(f"`patch` must divide `size` = {size}, but is {patch}.")
         self.size = size
@@ -201,7 +203,7 @@ class SemanticMapEncoder(nn.Module):
                 f"`maps` must have shape (batch, {self.size}, {self.size}), "
                 f"but has {tuple(maps.shape)}."
             )
-        _check_indices("maps", maps, self.embedding.num_embeddings)
+        check_indices("maps", maps, self.embedding.num_embeddings)
         pooled = self.pool(rearrange(self.embedding(maps), "b h w d -> b d h w"))
         tokens: Tensor = self.projection(rearrange(pooled, "b d h w -> b (h w) d"))
         return tokens + self.position.weight
@@ -234,7 +236,7 @@ class EmbeddingEncoder(nn.Module):
 
     def __init__(self, embedding_dim: int, dim: int, project: bool | None = None) -> None:
         super().__init__()
-        _check_sizes(embedding_dim=embedding_dim, dim=dim)
+        check_sizes(embedding_dim=embedding_dim, dim=dim)
         if project is False and embedding_dim != dim:
             raise ValueError(
                 f"`project` must be True or None when `embedding_dim` = {embedding_dim} differs "
@@ -253,26 +255,3 @@ class EmbeddingEncoder(nn.Module):
             )
         out: Tensor = self.projection(embeddings)
         return out
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {size}.")
-
-
-def _check_indices(name: str, indices: Tensor, limit: int) -> None:
-    """Refuse what a lookup table of `limit` rows cannot answer."""
-    if indices.dtype not in {torch.int32, torch.int64}:
-        raise TypeError(
-            f"`{name}` must be int32 or int64, but has dtype {indices.dtype}. "
-            f"Write `{name}.long()`."
-        )
-    # a tracer cannot branch on values; there the lookup itself is the check
-    if torch.compiler.is_compiling() or indices.numel() == 0:
-        return
-    low, high = (int(extreme) for extreme in indices.aminmax())
-    if low < 0 or high >= limit:
-        raise ValueError(
-            f"`{name}` must be from 0 to {limit - 1}, but is {low if low < 0 else high}."
-        )

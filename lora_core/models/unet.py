@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lora_core.models._checks import check_sizes
 from lora_core.models.attention import CrossAttention
 
 
@@ -176,6 +177,7 @@ class UNet(nn.Module):
 
     Raises:
         ValueError: If a setting or an input's shape does not fit.
+        TypeError: If the image or the context is no tensor.
 
     Reference:
         Ho et al., "Denoising Diffusion Probabilistic Models", 2020, appendix B; Rombach et al.,
@@ -204,7 +206,15 @@ class UNet(nn.Module):
         groups: int = 8,
     ) -> None:
         super().__init__()
-        _check_settings(in_channels, channels, attention, groups)
+        check_sizes(
+            in_channels=in_channels,
+            context_dim=context_dim,
+            heads=heads,
+            dim_head=dim_head,
+            time_dim=time_dim,
+            groups=groups,
+        )
+        _check_settings(channels, attention, groups)
         self.in_channels = in_channels
         self.context_dim = context_dim
 
@@ -264,10 +274,13 @@ class UNet(nn.Module):
 
     def _check_inputs(self, z: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
         """The timesteps as ``(batch,)``, once every shape has been found to fit."""
-        if z.ndim != 4 or z.shape[1] != self.in_channels:
+        for name, given in (("z", z), ("context", context)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"`{name}` must be a tensor, but is {given!r}.")
+        if z.ndim != 4 or z.shape[1] != self.in_channels or 0 in z.shape[2:]:
             raise ValueError(
-                f"`z` must have shape (batch, {self.in_channels}, height, width), "
-                f"but has {tuple(z.shape)}."
+                f"`z` must have shape (batch, {self.in_channels}, height, width) with both at "
+                f"least 1, but has {tuple(z.shape)}."
             )
         batch = z.shape[0]
         if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != self.context_dim:
@@ -285,11 +298,7 @@ class UNet(nn.Module):
         return t
 
 
-def _check_settings(
-    in_channels: int, channels: Sequence[int], attention: Sequence[bool], groups: int
-) -> None:
-    if in_channels < 1:
-        raise ValueError(f"`in_channels` must be at least 1, but is {in_channels}.")
+def _check_settings(channels: Sequence[int], attention: Sequence[bool], groups: int) -> None:
     if not channels or any(width < 1 or width % groups for width in channels):
         raise ValueError(
             f"`channels` must be multiples of `groups` = {groups}, but is {tuple(channels)}."
