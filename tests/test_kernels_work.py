@@ -13,7 +13,7 @@ import lora_core
 from benchmarks.measure import flops, saved_bytes, work
 from lora_core import LoRALinear, explain
 from lora_core.functional import fused_lora_linear, lora_linear
-from lora_core.kernels import linear, ops, planning, routing
+from lora_core.kernels import linear, ops, planning, products, routing
 
 # tokens, in, out, rank: low-rank form; many tokens over a small matrix: merged form
 SHAPES = {"addmm": (96, 160, 144, 4), "merge": (1024, 48, 56, 4)}
@@ -175,7 +175,7 @@ def on_fake_cuda(M, K, N, rank, dtype=torch.bfloat16):
                 call = torch.ops.lora_core.linear_backward
                 grads.extend(call(dy, x, W, A, B, h, gain, dtype, plan.form, 0.0, None, [True] * 3))
             else:
-                grads.extend(linear.gradients(dy, x, W, A, B, h, 0.5, dtype, wide=dtype))
+                grads.extend(products.gradients(dy, x, W, A, B, h, 0.5, dtype, wide=dtype))
 
         second = work(backward)
         assert [(g.dtype, g.shape) for g in grads] == [(t.dtype, t.shape) for t in (x, A, B)]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.kernels.linear import differentiable_gradients, forward, gradients
 from lora_core.kernels.planning import TRITON
+from lora_core.kernels.products import differentiable_gradients, forward, gradients
 
 torch.library.define(
     "lora_core::linear",

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lora_core.kernels import linear
-from lora_core.kernels.linear import Gain
 from lora_core.kernels.planning import TRITON, Plan, choose
+from lora_core.kernels.products import Gain
 
 _EXPORT = Plan("composed", "torch.export and tracers get plain operations")
 _TRANSFORM = Plan(
