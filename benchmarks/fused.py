@@ -8,7 +8,6 @@ Every answer is checked before it is timed. docs/benchmarks.md says how to read 
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import sys
 import time
@@ -32,6 +31,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.goals import Goal, judge, losses
 from benchmarks.measure import Spread
+from benchmarks.options import add_outputs, at_least_one, write_json
 
 ROUNDS = 21
 _QUICK_ROUNDS = 3
@@ -231,14 +231,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Time and weigh adapted layers against the frozen layer and other libraries.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=_rounds, metavar="N", help=f"rounds a case ({ROUNDS})")
+    parser.add_argument(
+        "--rounds",
+        type=at_least_one("the number of rounds"),
+        metavar="N",
+        help=f"rounds a case ({ROUNDS})",
+    )
     parser.add_argument("--only", type=_numbers, metavar="G1,G5", default=(), help="these goals")
     parser.add_argument("--quick", action="store_true", help="tiny layers, none is judged")
     parser.add_argument("--without-peers", action="store_true", help="without PEFT and the others")
-    parser.add_argument(
-        "--json", metavar="PATH", help="write the results here; - prints them, and no table"
-    )
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the times as PNG")
+    add_outputs(parser, "results", "times")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("`--device cuda` must have a GPU that PyTorch can use, but there is none.")
@@ -263,13 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.quick:
             print("\n" + _losses_text(results))
     if arguments.json:
-        text = json.dumps(as_data(results, judged, arguments.device), indent=1) + "\n"
-        if arguments.json == "-":
-            sys.stdout.write(text)
-        else:
-            path = Path(arguments.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        write_json(as_data(results, judged, arguments.device), arguments.json, indent=1)
     if arguments.plot:
         plot(results, arguments.plot)
     wrong = [why for result in results for name, why in result.wrong.items() if name == OURS]
@@ -309,13 +305,6 @@ def _losses_text(results: Sequence[Result]) -> str:
     if not lost:
         return "Where ours is slower: nowhere, against any of the others"
     return "Where ours is slower, our time over theirs:\n" + "\n".join(map(str, lost))
-
-
-def _rounds(text: str) -> int:
-    rounds = int(text)
-    if rounds < 1:
-        raise argparse.ArgumentTypeError(f"there must be at least 1 round, but {rounds} is asked")
-    return rounds
 
 
 def _numbers(text: str) -> tuple[str, ...]:

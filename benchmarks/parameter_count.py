@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_core
+from benchmarks.options import add_outputs, at_least_one, write_json
 from lora_core._files import native
 from lora_core._files.fingerprint import fingerprint
 from lora_core._layers import LoRAMixin
@@ -277,35 +278,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.parameter_count",
         description="Count the parameters and bytes of adapters against those of their models.",
     )
-    parser.add_argument("--ranks", type=_rank, nargs="+", default=RANKS, metavar="RANK")
     parser.add_argument(
-        "--json", metavar="PATH", help="write the counts here; - prints them, and no table"
+        "--ranks", type=at_least_one("a rank"), nargs="+", default=RANKS, metavar="RANK"
     )
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the file sizes as PNG")
+    add_outputs(parser, "counts", "file sizes")
     arguments = parser.parse_args(argv)
     ranks = sorted(set(arguments.ranks))
     layer, models = count_layer(), count_models(ranks)
+    if not any(m.adapters for m in models):
+        most = max(m.max_rank for m in models)
+        parser.error(
+            f"argument --ranks: a rank must be at most {most} for any of these models, but the"
+            f" lowest is {ranks[0]}"
+        )
     if arguments.json != "-":
         print(as_text(layer, models, ranks))
     if arguments.json:
         counts = {"layer": asdict(layer), "models": [asdict(m) for m in models]}
-        text = json.dumps(counts, indent=2) + "\n"
-        if arguments.json == "-":
-            sys.stdout.write(text)
-        else:
-            path = Path(arguments.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        write_json(counts, arguments.json, indent=2)
     if arguments.plot:
         plot(models, arguments.plot)
     return 0
-
-
-def _rank(text: str) -> int:
-    rank = int(text)
-    if rank < 1:
-        raise argparse.ArgumentTypeError(f"a rank must be at least 1, but is {rank}")
-    return rank
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import lora_core
-from benchmarks import parameter_count
+from benchmarks import fused, parameter_count
 from benchmarks.parameter_count import (
     RANKS,
     SKELETONS,
@@ -190,10 +191,64 @@ def test_the_table_says_which_ranks_do_not_fit(models: list[ModelCount]) -> None
     assert text.count("no rank") == 1
 
 
-def test_a_rank_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--ranks", "0"])
-    assert "a rank must be at least 1, but is 0" in capsys.readouterr().err
+def refused(
+    command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """The last line of a command that says what is wrong with its words, and nothing else."""
+    with pytest.raises(SystemExit) as exit_:
+        command(list(arguments))
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err.splitlines()[-1].partition(": error: ")[2]
+
+
+@pytest.mark.parametrize("rank", ["0", "x", "1.5"])
+def test_a_rank_that_is_none_is_refused(rank: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = f"argument --ranks: a rank must be a whole number of at least 1, but is {rank!r}"
+    assert refused(main, capsys, "--ranks", rank) == said
+
+
+def test_ranks_that_fit_no_model_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "argument --ranks: a rank must be at most 640 for any of these models, but the lowest is"
+    assert refused(main, capsys, "--ranks", "99999", "641") == f"{said} 641"
+
+
+@pytest.mark.parametrize("command", [main, fused.main], ids=["parameter_count", "fused"])
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(
+    command: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for option in ("--json", "--plot"):
+        said = f"argument {option}: a result must go to a file, but {str(tmp_path)!r} is a folder"
+        assert refused(command, capsys, option, str(tmp_path)) == said
+        said = f"argument {option}: a result must go into a folder, but {str(file)!r} is a file"
+        assert refused(command, capsys, option, str(file / "new" / "x.png")) == said
+    said = "argument --plot: a picture must end in .png, .svg or .pdf, but is 'p.txt'"
+    assert refused(command, capsys, "--plot", "p.txt") == said
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    said = f"argument --json: a result must go where you may write, but {str(tmp_path)!r} forbids"
+    assert refused(main, capsys, "--json", str(tmp_path / "new" / "x")) == f"{said} it"
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = "argument --plot: a picture must have matplotlib to be drawn, but it is not installed: "
+    assert refused(main, capsys, "--plot", "p.png").startswith(said)
+
+
+def test_a_number_of_rounds_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "argument --rounds: the number of rounds must be a whole number of at least 1, but is"
+    for rounds in ("0", "x"):
+        assert refused(fused.main, capsys, "--rounds", rounds) == f"{said} {rounds!r}"
 
 
 def test_the_document_shows_what_the_command_prints() -> None:
