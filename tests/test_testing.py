@@ -332,6 +332,13 @@ def test_the_plugin_is_an_entry_point() -> None:
     assert [e.value for e in found] == ["lora_core.testing.plugin"]
 
 
+def test_the_error_that_the_readme_shows_is_the_one_raised() -> None:
+    with pytest.raises(lora_core.TargetError) as raised:
+        lora_core.inject(models.UNet(), targets="to_qq")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"\nTargetError: {raised.value}\n" in readme
+
+
 def test_the_table_of_dialects_in_the_docs_is_the_one_in_the_code() -> None:
     from lora_core._injection import DIALECTS
 
