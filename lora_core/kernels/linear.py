@@ -176,13 +176,11 @@ class MergedOnTheFly(torch.autograd.Function):
         dx = dA = dB = None
         # every operand is an input, so that these products are differentiable as they stand
         if needs_A:
-            dA = as_dtype(
-                skinny(B.t(), rows.t(), gain).mm(as_dtype(as_rows(x), dtype)), lora_A.dtype
-            )
+            q = skinny(B.t(), rows.t(), gain)
+            dA = as_dtype(q.mm(as_dtype(as_rows(x), dtype)), lora_A.dtype)
         if needs_B:
-            dB = as_dtype(
-                skinny(A, as_dtype(as_rows(x), dtype).t(), gain).mm(rows).t(), lora_B.dtype
-            )
+            h = skinny(A, as_dtype(as_rows(x), dtype).t(), gain)
+            dB = as_dtype(h.mm(rows).t(), lora_B.dtype)
         if needs_x:
             dx = as_dtype(rows.mm(fold(weight, lora_A, lora_B, gain, dtype)), wide)
             dx = dx.view(*dy.shape[:-1], A.shape[1])

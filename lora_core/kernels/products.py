@@ -158,6 +158,7 @@ def outside_autocast(t: Tensor) -> AbstractContextManager[None]:
 
 
 def frozen(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The frozen layer, in `dtype`; `weight` is of it already."""
     return F.linear(as_dtype(x, dtype), weight, None if bias is None else as_dtype(bias, dtype))
 
 
