@@ -1,9 +1,11 @@
 """The adapters on a model: listing them, and choosing which are active and how strongly."""
 
-from collections.abc import Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +139,119 @@ def _strengths(layer: LoRAMixin) -> dict[str, float]:
     return dict(zip(*layer.lora_selection[:2], strict=True))
 
 
-class Scales(AbstractContextManager["Scales"]):
+class _Found(NamedTuple):
+    """What a scope found on one layer.
+
+    Attributes:
+        selection: What was selected.
+        adapters: The adapters there were.
+        hides: Whether the scope needs merged values hidden.
+    """
+
+    selection: Selection
+    adapters: frozenset[str]
+    hides: bool
+
+
+class _Scope:
+    """A change of selections that can be taken back, in whatever order scopes come to an end.
+
+    Taking one back restores what it found, and with it whatever was chosen since. A block entered
+    since that is not over goes on showing what it shows, and restores in place of this one.
+
+    Attributes:
+        entered: Whether this is a block, not a receipt alone.
+    """
+
+    def __init__(self, layers: Iterable[LoRAMixin], *, entered: bool, hides: bool) -> None:
+        self.entered = entered
+        self._found: dict[LoRAMixin, _Found] = {}
+        with _LOCK:
+            for layer in layers:
+                hidden = hides and layer.lora_merged is not None
+                found = _Found(layer.lora_selection, frozenset(layer.lora_configs), hidden)
+                others = _scopes(layer)
+                self._found[layer] = found
+                _SCOPES[layer] = [weakref.ref(scope) for scope in [*others, self]]
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to take back."""
+        return not self._found
+
+    def undo(self) -> None:
+        """Puts back what was there before."""
+        with _LOCK:
+            for layer in list(self._found):
+                self._leave(layer)
+
+    def _leave(self, layer: LoRAMixin) -> None:
+        mine, scopes = self._found[layer], _scopes(layer)
+        since = scopes[scopes.index(self) + 1 :]
+        heir = next((scope for scope in since if scope.entered), None)
+        alive = "lora_configs" in vars(layer)
+        if heir is not None:
+            theirs = heir._found[layer]
+            if alive:
+                selection = _restored(layer, mine, theirs.selection)
+                heir._found[layer] = theirs._replace(selection=selection)
+            since = since[: since.index(heir)]
+        elif alive:
+            layer.lora_selection = _restored(layer, mine, layer.lora_selection)
+        left = [scope for scope in scopes if scope is not self and scope not in since]
+        if mine.hides and not any(scope._found[layer].hides for scope in left):
+            _show(layer)
+        for scope in (self, *since):
+            del scope._found[layer]
+        _SCOPES[layer] = [weakref.ref(scope) for scope in left]
+        if not left:
+            del _SCOPES[layer]
+
+
+_LOCK = threading.RLock()
+# layer -> the scopes over it, the outermost first; one that nobody holds can't end any more
+_SCOPES: weakref.WeakKeyDictionary[LoRAMixin, list[weakref.ref[_Scope]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _scopes(layer: LoRAMixin) -> list[_Scope]:
+    scopes = (ref() for ref in _SCOPES.get(layer, ()))
+    return [scope for scope in scopes if scope is not None and layer in scope._found]
+
+
+def _restored(layer: LoRAMixin, found: _Found, now: Selection) -> Selection:
+    """What was found, of the adapters that are still there.
+
+    Adapters that came in the meantime stay as active as they are `now`.
+    """
+    chosen = dict(zip(*now[:2], strict=True))
+    new = {name: s for name, s in chosen.items() if name not in found.adapters}
+    intact = not new and all(
+        name in layer.lora_configs and gain.device == layer.weight.device
+        for name, gain in zip(found.selection.names, found.selection.gains, strict=True)
+    )
+    old = dict(zip(*found.selection[:2], strict=True))
+    return found.selection if intact else layer.select({**old, **new})
+
+
+def _hide(layer: LoRAMixin) -> None:
+    """Shows the original values of a merged layer."""
+    state = layer.lora_merged
+    if state is not None and state.merged is None and state.kept is not None:
+        layer.lora_merged = state._replace(merged=layer.weight.data)
+        swap(layer.weight, state.kept)
+
+
+def _show(layer: LoRAMixin) -> None:
+    """Shows the merged values again."""
+    state = vars(layer).get("lora_merged")
+    if state is not None and state.merged is not None:
+        swap(layer.weight, state.merged)
+        layer.lora_merged = state._replace(merged=None)
+
+
+class Scales(_Scope, AbstractContextManager["Scales"]):
     """What `scales` did; leaving it as a context puts back what was there before.
 
     Attributes:
@@ -145,20 +259,20 @@ class Scales(AbstractContextManager["Scales"]):
     """
 
     def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, float]) -> None:
+        super().__init__(layers.values(), entered=False, hides=False)
         self.strengths = dict(strengths)
-        self._before = _remember(layers)
-        self._over = False
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}={value:g}" for name, value in self.strengths.items())
         return f"scales({inner})"
 
     def __enter__(self) -> Self:
-        if self._over:
+        if self.over:
             raise ConfigError(
                 "A `scales` block must be entered once, but this one is over and its strengths are"
                 " gone. Call `scales(model, ...)` again."
             )
+        self.entered = True
         return self
 
     def __exit__(
@@ -168,11 +282,6 @@ class Scales(AbstractContextManager["Scales"]):
         trace: TracebackType | None,
     ) -> None:
         self.undo()
-        self._over = True
-
-    def undo(self) -> None:
-        """Puts back what was there before."""
-        _put_back(self._before)
 
 
 def scales(model: nn.Module, /, **strengths: float) -> Scales:
@@ -234,6 +343,8 @@ def scales(model: nn.Module, /, **strengths: float) -> Scales:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Shows the base model for a while, merged or not, and restores exactly what it found.
 
+    Blocks may overlap, as those of two threads or generators do: each shows the base to its end.
+
     Raises:
         AdapterError: If the model has no adapter.
         MergeError: If it was merged with ``reversible=False``: the base is gone.
@@ -247,24 +358,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
             f"`disabled` must have the original weights, but {listed(gone)} was merged with"
             " reversible=False. Load the base model again."
         )
-    before = _remember(layers)
-    hidden: list[tuple[LoRAMixin, Tensor]] = []
+    scope = _Scope(layers.values(), entered=True, hides=True)
     try:
-        for layer in layers.values():
-            state = layer.lora_merged
-            if state is None:
-                layer.lora_selection = _NONE
-            elif state.merged is None and state.kept is not None:
-                hidden.append((layer, layer.weight.data))
-                layer.lora_merged = state._replace(merged=layer.weight.data)
-                swap(layer.weight, state.kept)
+        with _LOCK:
+            for layer in layers.values():
+                if layer.lora_merged is None:
+                    layer.lora_selection = _NONE
+                else:
+                    _hide(layer)
         yield
     finally:
-        for layer, values in hidden:
-            if vars(layer).get("lora_merged") is not None:
-                swap(layer.weight, values)
-                layer.lora_merged = layer.lora_merged._replace(merged=None)  # type: ignore[union-attr]
-        _put_back(before)
+        scope.undo()
 
 
 def swap(weight: Tensor, values: Tensor) -> None:
@@ -275,30 +379,3 @@ def swap(weight: Tensor, values: Tensor) -> None:
     weight.data = values.to(weight.device, weight.dtype)
     if not weight.is_inference():
         torch.autograd.graph.increment_version(weight)
-
-
-# a layer, its selection, and the adapters it had
-_Before = list[tuple[LoRAMixin, Selection, frozenset[str]]]
-
-
-def _remember(layers: Mapping[str, LoRAMixin]) -> _Before:
-    return [(m, m.lora_selection, frozenset(m.lora_configs)) for m in layers.values()]
-
-
-def _put_back(before: _Before) -> None:
-    """Restores selections on the layers, and for the adapters, that are still there.
-
-    Adapters that came in the meantime stay as active as they are.
-    """
-    for layer, selection, known in before:
-        configs = vars(layer).get("lora_configs")
-        if configs is None:
-            continue
-        now = dict(zip(*layer.lora_selection[:2], strict=True))
-        new = {name: s for name, s in now.items() if name not in known}
-        intact = not new and all(
-            name in configs and gain.device == layer.weight.device
-            for name, gain in zip(selection.names, selection.gains, strict=True)
-        )
-        old = dict(zip(*selection[:2], strict=True))
-        layer.lora_selection = selection if intact else layer.select({**old, **new})
