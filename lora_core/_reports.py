@@ -219,7 +219,7 @@ class EjectReport:
     restored: int
 
     def __str__(self) -> str:
-        names = ", ".join(self.adapters)
+        names = ", ".join(self.adapters) or "nothing but guards"
         return (
             f"ejected {names}: {len(self.layers)} layers, {self.parameters:,} parameters;"
             f" {self.restored} requires_grad flags restored"

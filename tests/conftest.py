@@ -1,6 +1,5 @@
 """Tiny models and the few questions that several rooms' tests ask of them."""
 
-import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -131,8 +130,8 @@ def portrait() -> Callable[[nn.Module], object]:
             seen.append((name, id(module), type(module), list(vars(module)), parameters, adapters))
             seen.append([(key, id(b)) for key, b in module._buffers.items()])
             seen.append((list(module._modules), module.training))
-            hooks = itertools.chain(module._forward_hooks, module._forward_pre_hooks)
-            seen.append((list(hooks), len(module._load_state_dict_pre_hooks)))
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            seen.append((list(map(id, hooks)), len(module._load_state_dict_pre_hooks)))
         return seen
 
     return look

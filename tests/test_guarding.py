@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lora_core import (
+    AdapterError,
     LoRALinear,
     MergeError,
     UnsupportedLayerError,
@@ -239,3 +240,67 @@ def test_a_failure_while_guarding_undoes_the_whole_injection(
         verb(model, rank=2, targets="linear1")
     assert portrait(model) == before
     assert model.use_nested_tensor
+
+
+def single() -> nn.TransformerEncoderLayer:
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+
+
+HOLDERS: dict[str, Callable[[nn.TransformerEncoderLayer], list[nn.Module]]] = {
+    "the layer itself": lambda e: [e.linear1],
+    "a list": lambda e: [nn.ModuleList([e.linear1, e.linear2])],
+    "a list in a dict": lambda e: [nn.ModuleDict({"a": nn.ModuleList([e.linear1])})],
+    "a sequence": lambda e: [nn.Sequential(e.linear1, e.linear2)],
+    "one after the other": lambda e: [e.linear1, e.linear2],
+}
+
+
+@pytest.mark.parametrize("how", HOLDERS)
+def test_an_adapter_put_below_an_encoder_layer_takes_effect_in_eval(src, how, portrait):
+    model = single()
+    before = portrait(model)
+    with torch.no_grad():
+        plain = model(src)
+    roots = HOLDERS[how](model)
+    for root in roots:
+        inject(root, rank=2, targets=nn.Linear)
+    with torch.no_grad():
+        for p in parameters(model):
+            p.normal_()
+        fused, stepwise = model(src), model.train()(src)
+    assert_close(fused, stepwise)
+    assert (fused - plain).abs().max() > 0.1
+    for root in roots:
+        eject(root)
+    assert portrait(model.eval()) == before
+
+
+def test_a_loaded_adapter_below_an_encoder_layer_takes_effect_in_eval(src, tmp_path):
+    source, model = single(), single()
+    inject(source.linear1, rank=2, targets=nn.Linear)
+    with torch.no_grad():
+        for p in parameters(source):
+            p.normal_()
+        save(source.linear1, tmp_path / "a")
+        load(model.linear1, tmp_path / "a")
+        assert torch.equal(model(src), source(src))
+        assert_close(model(src), model.train()(src))
+
+
+def test_a_layer_that_a_seen_module_calls_has_no_hook(net):
+    inject(net, targets=nn.Linear)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_what_stands_above_layers_ejected_one_by_one_comes_back_with_the_whole(portrait, freeze):
+    model = encoder()
+    before = portrait(model)
+    inject(model, rank=2, targets="linear1", freeze=freeze)
+    for layer in model.layers:
+        eject(layer.linear1)
+    eject(model)
+    assert portrait(model) == before
+    with pytest.raises(AdapterError, match="^The model must have an adapter, but this"):
+        eject(model)

@@ -2,20 +2,23 @@
 
 - `load_state_dict` refuses a merged model, and a merged model's dict, before it copies anything.
 - The fused evaluation of `nn.TransformerEncoder(Layer)`, which reads weights and calls no layer,
-  is switched off for the very objects that hold an adapted layer.
+  is switched off for the very objects that hold an adapted layer; where nothing seen calls the
+  layer, an unseen one may hold it, and the layer itself says that it must be called.
 """
 
 from collections.abc import Iterator
 
 from torch import nn
 
-from lora_core._layers import LoRAMixin, refuse_merged
+from lora_core._layers import LoRAMixin, call_me, refuse_merged
 
 # class -> the attribute, and its value, that torch's own check takes for a reason to call layers
 _SWITCHES: dict[type[nn.Module], tuple[str, object]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
+# a class with one of these forwards holds layers that another may call
+_HOLD = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward, nn.Sequential.forward)
 _SWITCHED = "lora_switched"  # attribute: what the switch stood at before
 
 
@@ -40,6 +43,30 @@ def settle(model: nn.Module) -> None:
             elif not guarded and _SWITCHED in own:
                 own[name] = own[_SWITCHED]
                 del own[_SWITCHED]
+    for layer in _uncalled(model):
+        if call_me not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(call_me)
+
+
+def is_guarded(model: nn.Module) -> bool:
+    """Whether a guard stands in `model`, be it of a layer that was ejected by itself."""
+    hooks = (h for m in model.modules() for h in m._load_state_dict_pre_hooks.values())
+    return any(getattr(hook, "hook", None) is refuse_merged for hook in hooks)
+
+
+def _uncalled(model: nn.Module) -> list[LoRAMixin]:
+    """The adapted layers that are reached through mere holders: what calls them is not seen."""
+    found, seen, left = [], set[nn.Module](), [model]
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, LoRAMixin):
+            found.append(module)
+        elif type(module).forward in _HOLD:
+            left += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _search(module: nn.Module, above: dict[nn.Module, bool]) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from lora_core._adapters import clean, layers_with
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
-from lora_core._injection.guarding import settle
+from lora_core._injection.guarding import is_guarded, settle
 from lora_core._injection.planning import draw_up
 from lora_core._injection.targets import Patterns
 from lora_core._layers import (
@@ -132,7 +132,8 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     """Takes an adapter (None: all of them) off `model`, in place, and frees its memory.
 
     The host's classes, keys, attributes and bits are then those it had before, and every
-    `requires_grad` flag is as if the adapter had never come.
+    `requires_grad` flag is as if the adapter had never come. Ejecting a part of what was injected
+    restores that part; `eject` on the whole then restores what stood above it.
 
     Raises:
         AdapterError: If there is no such adapter, or none at all.
@@ -154,9 +155,10 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
         for adapter in vars(module).get(FROZEN, ())
         if name in (None, adapter)
     }
-    # flags may be left to restore after the layers themselves were ejected one by one
+    # flags and guards may be left to restore after the layers themselves were ejected one by one
     bare = not any(isinstance(m, LoRAMixin) for m in named.values())
-    layers = {} if bare and orphans else layers_with(model, name)
+    bare = bare and bool(orphans or (name is None and is_guarded(model)))
+    layers = {} if bare else layers_with(model, name)
     names = (
         [name] if name is not None else list({**dict.fromkeys(_names(layers.values())), **orphans})
     )

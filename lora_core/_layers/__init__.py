@@ -2,6 +2,7 @@
 
 from lora_core._layers.attaching import (
     attach,
+    call_me,
     detach,
     factor_names,
     fresh_factors,
@@ -30,6 +31,7 @@ __all__ = [
     "Selection",
     "adapted_class",
     "attach",
+    "call_me",
     "detach",
     "explain",
     "factor_names",
