@@ -1,6 +1,7 @@
 """What one adapter on one layer is configured to be, and the checks of each setting."""
 
 import math
+import numbers
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class AdapterConfig:
 
 def check_rank(rank: object, in_features: int, out_features: int, where: str = "") -> int:
     """Returns `rank` if it is a whole number in ``1 .. min(in_features, out_features)``."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise ConfigError(f"`rank` must be a whole number, but is {rank!r}{where}.")
     limit = min(in_features, out_features)
     if rank < 1:
@@ -44,7 +45,7 @@ def check_rank(rank: object, in_features: int, out_features: int, where: str = "
     if rank > limit:
         bound = f"min(in_features, out_features) = {limit}"
         raise ConfigError(f"`rank` must be at most {bound}, but is {rank}{where}.")
-    return rank
+    return int(rank)
 
 
 def check_alpha(alpha: object, rank: int) -> float:

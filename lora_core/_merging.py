@@ -1,5 +1,6 @@
 """Adding the active updates to the weights, and handing the originals back bit for bit."""
 
+import inspect
 from contextlib import ExitStack
 
 import torch
@@ -124,6 +125,13 @@ def _to_merge(model: nn.Module) -> dict[str, LoRAMixin]:
             f"An adapter must be active to be merged, but none is on {len(everything)} layers."
             " Choose one with `scales(model, <name>=1.0)`."
         )
+    patched = [n for n, m in layers.items() if "forward" in vars(m)]
+    if patched:
+        raise MergeError(
+            f"A layer must have its class's forward to be merged, but {listed(patched)} has one"
+            " patched onto the instance (offloading hooks do this). Remove that patch, merge, and"
+            " put it back."
+        )
     odd = [n for n, m in layers.items() if "weight" not in m._parameters]
     if odd:
         raise MergeError(
@@ -134,17 +142,19 @@ def _to_merge(model: nn.Module) -> dict[str, LoRAMixin]:
 
 
 def _tied(model: nn.Module, layers: dict[str, LoRAMixin]) -> dict[str, str]:
-    """Layers whose weight shares memory with another module's parameter, with that one's name."""
+    """Layers whose weight shares memory with another parameter or a buffer, with its name."""
     holders: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
     for module_name, module in model.named_modules():
-        for name, p in module._parameters.items():
-            if p is not None:
+        for name, p in [*module._parameters.items(), *module._buffers.items()]:
+            # a sparse tensor has no storage of its own to share
+            if p is not None and p.layout == torch.strided:
                 label = f"{module_name}.{name}".lstrip(".")
                 holders.setdefault(_storage(p), []).append((module, label, p))
     found = {}
     for name, layer in layers.items():
         for module, label, p in holders.get(_storage(layer.weight), ()):
-            if module is not layer and (p is layer.weight or _overlap(p, layer.weight)):
+            own = module is layer and p is layer.weight
+            if not own and (p is layer.weight or _overlap(p, layer.weight)):
                 found[name] = label
     return found
 
@@ -203,6 +213,13 @@ def _linear_in_weight(layer: LoRAMixin) -> bool:
 
 def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
     """`new`, if the host's own forward makes of it what the update adds."""
+    options = list(inspect.signature(layer.host_class.forward).parameters)[2:]
+    if options:
+        raise MergeError(
+            f"A host's forward must take its input alone to be merged, but that of"
+            f" {layer.host_class.__name__} at {name!r} also takes {listed(options)}, with which the"
+            " update might not follow. Nothing was changed; keep this layer unmerged."
+        )
     weight = _own(layer)
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(4, delta.shape[1], generator=generator).to(weight.device, weight.dtype)
@@ -212,6 +229,11 @@ def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
         after = layer.host_class.forward(layer, x)
     finally:
         layer._parameters["weight"] = weight
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        raise MergeError(
+            f"A host must return a tensor to be merged, but {layer.host_class.__name__} at {name!r}"
+            f" returns {type(before).__name__}. Nothing was changed; keep this layer unmerged."
+        )
     asked, got = x.double() @ delta.double().T, after.double() - before.double()
     eps = torch.finfo(weight.dtype).eps
     bound = 64 * eps * float(before.double().norm() + asked.norm())

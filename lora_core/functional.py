@@ -197,7 +197,10 @@ def lora_linear_chosen(
     B = (lora_B * gain[:, None, None])[index].to(x.dtype)  # (b, out, R)
     h = samples @ A.transpose(1, 2)  # (b, n, R)
     out = base.reshape(x.shape[0], places, base.shape[-1])
-    return torch.baddbmm(out, h.to(out.dtype), B.transpose(1, 2).to(out.dtype)).view(base.shape)
+    h, up = h.to(out.dtype), B.transpose(1, 2).to(out.dtype)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return torch.baddbmm(out, h, up).view(base.shape)
+    return out.baddbmm_(h, up).view(base.shape)
 
 
 def shared_lora_linear(

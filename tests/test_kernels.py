@@ -245,7 +245,6 @@ def test_shapes_that_do_not_fit_are_an_error_in_every_door(wrong):
     shapes[wrong] = (*shapes[wrong][:-1], 7)
     t = {name: torch.ones(shape) for name, shape in shapes.items()}
     operands = t["x"], torch.ones(5, 4), t["bias"], t["lora_A"], t["lora_B"], t["gain"]
-    assert "do not fit" in fused_plan(*operands).why
     with pytest.raises(RuntimeError):
         fused_lora_linear(*operands)
     for form in ("addmm", "triton1"):

@@ -60,6 +60,7 @@ def save(
         ...     save(layer, f"{folder}/style.safetensors").parameters
         16
     """
+    path = os.fsdecode(path)
     layers = layers_with(model, name)
     if name is None:
         known = adapter_names(layers)
@@ -68,7 +69,7 @@ def save(
                 f"`name` must say which adapter to save, but the model has {listed(known)}."
             )
         name = known[0]
-    own = _check_metadata(metadata or {})
+    own = _check_metadata({} if metadata is None else metadata)
     gone = [
         n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is None
     ]
@@ -90,10 +91,11 @@ def save(
             f"An adapter must be finite to be saved, but that of {listed(bad)} holds NaN or"
             " infinity. Go back to an earlier state; lower the learning rate."
         )
-    file_layers = {
-        n: FileLayer(*held[n], layer.lora_configs[name].alpha, layer.lora_configs[name].dropout)
-        for n, layer in layers.items()
-    }
+    names = {c.module: c.names for c in walk(model)}
+    file_layers = {}
+    for n, layer in layers.items():
+        config, aliases = layer.lora_configs[name], sorted(set(names[layer]) - {n})
+        file_layers[n] = FileLayer(*held[n], config.alpha, config.dropout, tuple(aliases))
     tensors, entries = native.encode(AdapterFile(name, file_layers, fingerprint(layers), own))
     data = container.pack(tensors, entries)
     container.write(path, data)
@@ -146,6 +148,9 @@ def load(
         ...     load(bare, f"{folder}/style.safetensors", name="style").layers[0].rank
         2
     """
+    path = os.fsdecode(path)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` must be an nn.Module, but is {type(model).__name__}.")
     strength = check_finite("scale", scale)
     if name is not None:
         check_name(name)
@@ -154,6 +159,7 @@ def load(
     candidates = walk(model)
     found, missing = _resolve(model, candidates, file, os.fspath(path), strict)
     notes = [f"not in the model: {listed(missing)}"] if missing else []
+    notes += _compare_aliases(file, found, os.fspath(path), strict)
     if check_base:
         notes += _compare(file, found, os.fspath(path), strict)
     for note in notes:
@@ -178,6 +184,11 @@ def load(
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(metadata, Mapping):
+        raise ConfigError(
+            f"`metadata` must map strings to strings, but is {metadata!r}."
+            " Write {'note': 'text'}, for example."
+        )
     odd = [k for k, v in metadata.items() if not (_is_text(k) and _is_text(v))]
     if odd:
         raise ConfigError(
@@ -262,6 +273,27 @@ def _resolve(
             " one shared module of the model. Untie it, or load into the model it was made for."
         )
     return found, missing
+
+
+def _compare_aliases(
+    file: AdapterFile, found: Mapping[str, Candidate], where: str, strict: bool
+) -> list[str]:
+    """A shared module's adapter works under every name: where the model has two, half is lost."""
+    apart = [
+        f"{alias} (file {name}, model another or none)"
+        for name, c in found.items()
+        for alias in file.layers[name].aliases
+        if alias not in c.names
+    ]
+    if not apart:
+        return []
+    if strict:
+        raise MismatchError(
+            f"The model must share the layers that {where!r} shares, but {len(apart)} names are not"
+            f" the same module: {listed(apart)}. Load it into the model it was made for, or pass"
+            " strict=False to adapt the first name alone."
+        )
+    return [f"shared in the file, not in the model: {listed(apart)}"]
 
 
 def _compare(

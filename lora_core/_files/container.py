@@ -92,7 +92,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Puts `data` at `path`: after a crash at any moment the old file is there or the new one.
 
     Follows a symbolic link to its target, keeps an existing file's permissions and gives a new
-    one the ordinary ones.
+    one the ordinary ones. A read-only file is refused, as `open` refuses it.
 
     Raises:
         OSError: If it can't be written; an existing file is then as it was.
@@ -102,6 +102,8 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     if mode is not None and not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
         raise OSError(errno.EINVAL, f"a file is to be written, but {kind} is there", str(path))
+    if mode is not None and not mode & 0o222:
+        raise PermissionError(errno.EACCES, "the file there is read-only", str(path))
     folder = target.parent
     _sweep(target)
     mine = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"

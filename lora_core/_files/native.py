@@ -6,10 +6,13 @@ Metadata: ``format`` = "pt", ``lora_core`` = the JSON value below, and the user'
     {"version": 1, "adapter": "style",
      "layers": {"down.0.attn.to_q": {"alpha": 4.0, "kind": "linear", "rank": 4}},
      "base": {"dtype": "float32", "samples": "<base64>"}}
+
+Optional in a layer: ``dropout``, and ``aliases``, the other names of a module that has several. A
+key that this reader doesn't know is refused: it may change what the tensors mean.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,9 @@ from lora_core._layers import non_finite
 
 _VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_KEYS = ("version", "adapter", "layers", "base")
+_BASE_KEYS = ("dtype", "samples")
+_LAYER_KEYS = ("alpha", "kind", "rank", "dropout", "aliases")
 RESERVED = ("format", "lora_core")
 
 
@@ -34,12 +40,14 @@ class FileLayer:
         lora_B: Up-projection (out_features, rank).
         alpha: Numerator of the scale.
         dropout: Probability of dropping an input element while training.
+        aliases: Other dotted names of the same module.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     alpha: float
     dropout: float = 0.0
+    aliases: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -66,13 +74,16 @@ class AdapterFile:
 
 def encode(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata that stand for an adapter."""
-    tensors, layers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Any]] = {}
     for name, layer in file.layers.items():
         tensors[_key(name, "lora_A")] = layer.lora_A
         tensors[_key(name, "lora_B")] = layer.lora_B
         layers[name] = {"alpha": layer.alpha, "kind": "linear", "rank": layer.rank}
         if layer.dropout:
             layers[name]["dropout"] = layer.dropout
+        if layer.aliases:
+            layers[name]["aliases"] = list(layer.aliases)
     about = {"version": _VERSION, "adapter": file.name, "layers": layers, "base": file.base}
     text = json.dumps(about, separators=(",", ":"), sort_keys=True)
     return tensors, {**file.metadata, "format": "pt", "lora_core": text}
@@ -93,6 +104,8 @@ def decode(
                 " Read it with the lora_core that wrote it."
             )
         name = check_name(about["adapter"])
+        _check_keys("the description", about, _KEYS)
+        _check_keys("the base", about["base"], _BASE_KEYS)
         layers = {n: _layer(n, entry, tensors) for n, entry in about["layers"].items()}
         bad = non_finite({n: (layer.lora_A, layer.lora_B) for n, layer in layers.items()})
         if bad:
@@ -117,12 +130,13 @@ def decode(
 
 
 def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FileLayer:
+    _check_keys(repr(name), entry, _LAYER_KEYS)
     kind = entry["kind"]
     if kind != "linear":
         raise ValueError(f"{listed([name])} is of the unknown kind {kind!a}")
     missing = [k for k in (_key(name, "lora_A"), _key(name, "lora_B")) if k not in tensors]
     if missing:
-        raise ValueError(f"{listed(missing)} is missing")
+        raise ValueError(f"{listed(missing)} is missing. Save it again.")
     lora_A, lora_B = (tensors[_key(name, factor)] for factor in ("lora_A", "lora_B"))
     for factor in (lora_A, lora_B):
         if factor.ndim != 2 or factor.dtype not in DTYPES or not factor.numel():
@@ -140,8 +154,23 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise ValueError(f"the rank {rank} of {listed([name])} exceeds its layer's sizes")
     alpha, dropout = entry["alpha"], entry.get("dropout", 0.0)
     if alpha is None:
-        raise ValueError(f"{listed([name])} has no alpha")
-    return FileLayer(lora_A, lora_B, check_alpha(alpha, rank), check_dropout(dropout))
+        raise ValueError(f"{listed([name])} has no alpha, which sets the scale. Save it again.")
+    aliases = entry.get("aliases", [])
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
+        raise ValueError(
+            f"the aliases of {listed([name])} are {aliases!a}; a list of names is needed"
+        )
+    checked = check_alpha(alpha, rank), check_dropout(dropout)
+    return FileLayer(lora_A, lora_B, *checked, tuple(aliases))
+
+
+def _check_keys(what: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{what} has the unknown keys {listed(unknown)}; this reader knows {listed(known)}."
+            " Read it with the lora_core that wrote it."
+        )
 
 
 def _key(name: str, factor: str) -> str:

@@ -16,7 +16,7 @@ from lora_core._injection.targets import (
     no_rule_match,
     walk,
 )
-from lora_core._layers import LoRAMixin, layer_config, sizes
+from lora_core._layers import LoRAMixin, factor_names, layer_config, sizes
 from lora_core._reports import LayerReport, Report, count
 
 _SETTINGS = ("rank", "alpha", "dropout", "dtype")
@@ -71,7 +71,7 @@ def plan(
         {"rank": rank, "alpha": alpha, "dropout": dropout, "dtype": dtype},
         targets=targets,
         exclude=exclude,
-        rules=rules or {},
+        rules={} if rules is None else rules,
         name=name,
         freeze=freeze,
     )[0]
@@ -136,9 +136,10 @@ def check_room(candidates: Sequence[Candidate], name: str, chosen: Sequence[Cand
             f"A layer must be unmerged to take an adapter, but {listed(merged)} is merged."
             " Call `unmerge(model)` first."
         )
-    new = f"lora_A_{name}"
-    clash = [c.name for c in chosen if hasattr(c.module, new)]
-    if clash:
+    for new in sorted(factor_names([name])):
+        clash = [c.name for c in chosen if hasattr(c.module, new)]
+        if not clash:
+            continue
         raise AdapterError(
             f"`name` must be new to every layer, but {listed(clash)} has an attribute"
             f" {new!r} of its own. Choose another name."

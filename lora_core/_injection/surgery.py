@@ -79,7 +79,7 @@ def inject(
         settings,
         targets=targets,
         exclude=exclude,
-        rules=rules or {},
+        rules={} if rules is None else rules,
         name=name,
         freeze=freeze,
     )
@@ -169,6 +169,13 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
         raise MergeError(
             f"An adapter must be unmerged to be ejected, but {listed(merged)} is merged."
             " Call `unmerge(model)` first, or merge with reversible=False to keep the update."
+        )
+    patched = [n for n, m in layers.items() if "forward" in vars(m)]
+    if patched:
+        raise UnsupportedLayerError(
+            f"A layer must have its class's forward to be ejected, but {listed(patched)} has one"
+            " patched onto the instance (offloading hooks do this). Remove that patch, eject, and"
+            " put it back."
         )
     other = [n for n, m in layers.items() if type(m) is not adapted_class(m.host_class)]
     if other:

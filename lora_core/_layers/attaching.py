@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_core._config import AdapterConfig, check_alpha, check_dropout, check_dtype, check_rank
+from lora_core._errors import ConfigError
 from lora_core._layers.mixin import LoRAMixin, Selection, TransposedLoRAMixin, adapted_class, reset
 
 
@@ -51,6 +52,11 @@ def why_not(module: nn.Module) -> str:
         return "is sharded already. Adapt the model before `fully_shard` or tensor parallelism."
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "has a weight that is no floating-point tensor. Exclude it."
+    if weight.dtype.itemsize < 2:
+        return (
+            f"has a weight of {weight.dtype}, which nothing but a cast can take. Cast the layer to"
+            " 16 bits or more, or exclude it."
+        )
     return ""
 
 
@@ -79,6 +85,11 @@ def layer_config(
 ) -> AdapterConfig:
     """Checks the settings for one layer and fills in what follows from the layer."""
     checked = check_rank(rank, *sizes(module), where)
+    if check_alpha(alpha, checked) == 0:  # a file may hold it: what was saved comes back
+        raise ConfigError(
+            f"`alpha` must not be 0, but is {alpha!r}{where}: the adapter could have no effect and"
+            " no gradient. Use `scales` to turn an adapter off."
+        )
     weight_dtype = module.weight.dtype
     return AdapterConfig(
         rank=checked,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._config import AdapterConfig
-from lora_core._errors import ConfigError, MergeError, listed
+from lora_core._errors import ConfigError, MergeError, UnsupportedLayerError, listed
 
 # attribute of a module: adapter -> parameters that it keeps frozen, and whether each trained before
 FROZEN = "lora_frozen"
@@ -78,6 +78,11 @@ class LoRAMixin(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         base: Tensor = super().forward(*args, **kwargs)  # the host's
+        if not isinstance(base, Tensor):
+            raise UnsupportedLayerError(
+                f"An adapted layer's host must return a tensor, but {self.host_class.__name__}"
+                f" returns {type(base).__name__}. Eject the adapter from this layer."
+            )
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         for lora_A, lora_B, gain, dropout in self.active_factors():
             update = functional.lora_update(x, lora_A, lora_B, gain, dropout=dropout)
@@ -183,7 +188,9 @@ class LoRAMixin(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.lora_merged is not None:  # the weights hold the update: the dict says so
+        if (
+            self.lora_merged is not None and self.lora_merged.merged is None
+        ):  # the weights hold the update: the dict says so
             destination[f"{prefix}{_MARK}"] = torch.tensor(True)
 
     def extra_repr(self) -> str:

@@ -38,5 +38,9 @@ def keep_mask(x: Tensor, p: float, seed: int) -> tuple[Tensor, float]:
         words.random_(-(2**63), None, generator=torch.Generator("cpu").manual_seed(seed))
         bits = words.view(torch.int16)[: x.numel()]
         # the threshold is the last level kept: one more would not fit 16 bits where all are
-        mask = (bits <= levels - _LEVELS // 2 - 1).to(x.device, x.dtype).view(x.shape)
+        ones = torch.empty(
+            x.numel(), dtype=x.dtype, device="cpu"
+        )  # at an eighth of a cast of bools
+        torch.le(bits, levels - _LEVELS // 2 - 1, out=ones)
+        mask = ones.to(x.device).view(x.shape)
     return mask, _LEVELS / levels

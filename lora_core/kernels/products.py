@@ -50,7 +50,7 @@ def forward(
     seen = as_dtype(as_rows(x), dtype)
     if seed is not None:
         mask, scale = keep_mask(seen, dropout, seed)
-        seen = (seen * mask).mul_(scale)
+        seen, gain = seen * mask, gain * scale
     h = skinny(as_dtype(lora_A, dtype), seen.t(), gain)
     as_rows(y).addmm_(h.t(), as_dtype(lora_B, dtype).t())
     return y, h
@@ -84,17 +84,17 @@ def gradients(
             # a GPU writes either layout; a CPU is eight times slower at the one that saves a copy
             dB = as_dtype(rows.t().mm(h.t()) if dy.is_cuda else h.mm(rows).t(), lora_B.dtype)
         if needs_x or needs_A:
-            q = skinny(B.t(), rows.t(), gain)
             mask, scale = _mask(rows, A, dropout, seed)
+            q = skinny(B.t(), rows.t(), gain * scale)
         if needs_A and x is not None:
             seen = as_dtype(as_rows(x), dtype)
-            dA = as_dtype(q.mm(seen if mask is None else (seen * mask).mul_(scale)), lora_A.dtype)
+            dA = as_dtype(q.mm(seen if mask is None else seen * mask), lora_A.dtype)
         if needs_x:
             dx = rows.mm(as_dtype(weight, dtype))
             if mask is None:
                 dx.addmm_(q.t(), A)
             else:
-                dx.addcmul_(q.t().mm(A), mask, value=scale)
+                dx.addcmul_(q.t().mm(A), mask)
             dx = as_dtype(dx, wide).view(*dy.shape[:-1], A.shape[1])
     return dx, dA, dB
 
@@ -124,8 +124,8 @@ def differentiable_gradients(
     dx = dA = dB = None
     with outside_autocast(dy):
         A, B, rows = as_dtype(lora_A, dtype), as_dtype(lora_B, dtype), as_rows(dy)
-        ones, scale = _mask(rows, A, dropout, seed)
-        mask = None if ones is None else ones * scale
+        mask, scale = _mask(rows, A, dropout, seed)
+        gain = gain * scale
         seen = None if x is None else as_dtype(as_rows(x), dtype)
         if seen is not None and mask is not None:
             seen = seen * mask
@@ -144,7 +144,7 @@ def differentiable_gradients(
 
 
 def _mask(rows: Tensor, A: Tensor, dropout: float, seed: int | None) -> tuple[Tensor | None, float]:
-    """The mask that the forward dropped x with, (M, K), and its scale."""
+    """The mask that the forward dropped x with, (M, K), and its scale, which the gain takes on."""
     if seed is None:
         return None, 1.0
     return keep_mask(rows.new_empty(rows.shape[0], A.shape[1]), dropout, seed)

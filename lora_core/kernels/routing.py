@@ -26,7 +26,7 @@ _DTYPES = Plan(
     "composed", "the operands differ in dtype, or it is not a floating type of 16 bits or more"
 )
 _BATCH = Plan("composed", "the gains per sample do not fit the batch of x")
-_SHAPES = Plan("composed", "the operands' shapes do not fit, or a size is zero or symbolic")
+_SHAPES = Plan("composed", "x has no features, or a size that is not known yet")
 _CACHED = Plan("composed", "selective checkpointing keeps products that must not change")
 _COMPILED = Plan("addmm", "under torch.compile the low-rank form is one graph for every size")
 
@@ -72,14 +72,7 @@ def route(
         return _SUBCLASS
     shape, rank = weight.shape, lora_A.shape[0]
     size = shape[1]
-    if (
-        x.ndim == 0
-        or x.shape[-1] != size
-        or size == 0
-        or lora_A.shape[1] != size
-        or lora_B.shape != (shape[0], rank)
-        or (bias is not None and bias.shape != shape[:1])
-    ):
+    if x.ndim == 0 or size == 0:
         return _SHAPES
     per_sample = False
     if isinstance(gain, Tensor):
@@ -88,8 +81,6 @@ def route(
             return _TRAINED
         if per_sample and (x.ndim < 2 or gain.shape[0] != x.shape[0]):
             return _BATCH
-        if gain.ndim and gain.shape[-1] != rank:
-            return _SHAPES
     if (weight.requires_grad or (bias is not None and bias.requires_grad)) and (
         torch.is_grad_enabled()
     ):
