@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.composability import CELLS, NotMeasuredError
-from lora_core import LoRALinear, explain, inject
+from lora_core import LoRALinear, explain, inject, merge
 from lora_core.functional import fused_lora_linear
 
 
@@ -158,6 +158,16 @@ def test_a_compiled_layer_drops_out_and_takes_mixes_per_rank():
     nn.init.normal_(module.lora_B_second)
     module.eval()
     assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
+
+
+def test_float32_factors_merge_into_a_float64_host_as_they_are_multiplied():
+    host = nn.ModuleDict({"to_q": nn.Linear(40, 56, dtype=torch.float64)})
+    inject(host, rank=4, dtype=torch.float32)
+    nn.init.normal_(host["to_q"].lora_B_default)
+    x = torch.randn(7, 40, dtype=torch.float64)
+    apart = host["to_q"](x)
+    merge(host.eval())
+    assert_close(host["to_q"](x), apart, atol=1e-12, rtol=1e-12)
 
 
 TENSOR_PARALLEL = """

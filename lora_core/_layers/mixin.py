@@ -137,11 +137,11 @@ class LoRAMixin(nn.Module):
     def delta(self) -> Tensor:
         """The sum of the active updates in the weight's own layout, float32 or wider."""
         names, _, gains = self.lora_selection
+        # in the weight's precision, as a forward multiplies them
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        factors = ([f.detach().to(dtype) for f in self.factors(name)] for name in names)
         stacked = functional.stack_factors(
-            [
-                (self.factors(name)[0].detach(), self.factors(name)[1].detach(), gain)
-                for name, gain in zip(names, gains, strict=True)
-            ]
+            [(A, B, gain) for (A, B), gain in zip(factors, gains, strict=True)]
         )
         dense = functional.lora_delta(*stacked)
         return dense.T if self.transposed else dense
@@ -188,9 +188,9 @@ class LoRAMixin(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (
-            self.lora_merged is not None and self.lora_merged.merged is None
-        ):  # the weights hold the update: the dict says so
+        state = self.lora_merged
+        # where the weights hold the update, which they don't inside `disabled`, the dict says so
+        if state is not None and state.merged is None:
             destination[f"{prefix}{_MARK}"] = torch.tensor(True)
 
     def extra_repr(self) -> str:
