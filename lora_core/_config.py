@@ -39,13 +39,13 @@ def check_rank(rank: object, in_features: int, out_features: int, where: str = "
     """Returns `rank` if it is a whole number in ``1 .. min(in_features, out_features)``."""
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
         raise ConfigError(f"`rank` must be a whole number, but is {rank!r}{where}.")
-    limit = min(in_features, out_features)
+    rank, limit = int(rank), min(in_features, out_features)
     if rank < 1:
         raise ConfigError(f"`rank` must be at least 1, but is {rank}{where}.")
     if rank > limit:
         bound = f"min(in_features, out_features) = {limit}"
         raise ConfigError(f"`rank` must be at most {bound}, but is {rank}{where}.")
-    return int(rank)
+    return rank
 
 
 def check_alpha(alpha: object, rank: int) -> float:

@@ -280,7 +280,10 @@ def _merge_in_place(
     keep: torch.device | None,  # noqa: ARG001  # nothing is kept
 ) -> dict[str, float]:
     for name, layer in layers.items():
-        _refuse_overflow(name, layer)
+        if _linear_in_weight(layer):
+            _refuse_overflow(name, layer)
+        else:  # only the sum itself can be tried
+            _new_weight(name, layer)
     loss = {}
     for name, layer in layers.items():
         new, loss[name] = _new_weight(name, layer)

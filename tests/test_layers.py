@@ -82,7 +82,7 @@ def test_fresh_layer_is_its_base_bit_for_bit(lead, i, o, dtype, bias, training):
     st.lists(st.integers(0, 3), max_size=3).map(tuple),
     st.integers(1, 6),
     st.integers(1, 6),
-    st.floats(-4, 4, width=16),
+    st.floats(-4, 4, width=16).filter(bool),
     st.booleans(),
 )
 def test_trained_layer_is_the_written_out_formula(lead, i, o, alpha, bias):
@@ -133,6 +133,36 @@ def test_alpha_must_be_finite(alpha):
         LoRALinear(nn.Linear(4, 6), alpha=alpha)
 
 
+def test_an_alpha_of_zero_could_have_no_effect_and_is_refused():
+    message = (
+        "`alpha` must not be 0, but is 0.0: the adapter could have no effect and no gradient."
+        " Use `scales` to turn an adapter off."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        LoRALinear(nn.Linear(4, 6), alpha=0.0)
+    model = nn.Sequential(nn.Linear(4, 6))
+    with pytest.raises(ConfigError, match=r"^`alpha` must not be 0, but is 0 at '0': the adapter"):
+        inject(model, rank=2, targets="0", rules={"0": {"alpha": 0}})
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint8"])
+def test_any_whole_number_is_a_rank(kind):
+    numpy = pytest.importorskip("numpy")
+    layer = LoRALinear(nn.Linear(4, 6), rank=getattr(numpy, kind)(2))
+    assert type(layer.lora_configs["default"].rank) is int
+    assert layer.lora_A_default.shape == (2, 4)
+
+
+def test_a_float8_host_is_refused_with_the_repair():
+    model = nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn))
+    said = "has a weight of torch.float8_e4m3fn, which nothing but a cast can take. Cast the layer"
+    with pytest.raises(UnsupportedLayerError, match=f"{re.escape(said)} to 16 bits or more"):
+        LoRALinear(model[0])
+    with pytest.raises(UnsupportedLayerError, match=f"{re.escape(said)} to 16 bits or more"):
+        inject(model, targets="0")
+    assert type(model[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("dropout", [1, 1.0, -0.1, math.nan, "0", True, None])
 def test_dropout_must_be_a_probability_below_one(dropout):
     message = f"`dropout` must be in [0, 1), but is {dropout!r}."
@@ -162,7 +192,7 @@ def test_a_refused_setting_leaves_the_linear_trainable():
     assert all(p.requires_grad for p in linear.parameters())
 
 
-@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (1.0, 0.5), (0, 0.0), (-3, -1.5)])
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (1.0, 0.5), (-3, -1.5)])
 def test_scale_is_alpha_over_rank(alpha, scale):
     layer = trained(LoRALinear(nn.Linear(4, 6).double(), rank=2, alpha=alpha))
     assert layer.lora_configs["default"].scale == scale
