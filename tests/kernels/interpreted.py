@@ -14,6 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from triton.runtime.interpreter import GridExecutor
+
 from lora_core import functional
 from lora_core.kernels import ops, planning
 from lora_core.kernels.triton import calls, launch
@@ -346,6 +348,26 @@ def test_second_derivatives_through_the_operators_are_plain_operations():
         for out in (y, truth)
     )
     assert error(found, right) < 1e-5
+
+
+@pytest.mark.parametrize(("path", "forward", "backward"), [("one", 1, 2), ("two", 2, 3)])
+def test_the_launches_are_counted(path, forward, backward, monkeypatch):
+    launches = []
+    run = GridExecutor.__call__
+
+    def counted(self: GridExecutor, *args: object, **kwargs: object) -> None:
+        launches.append(self.fn.__name__)
+        run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    given = case(17, 40, 24, 4, SINGLE)
+    ahead, back = PATHS[path]
+    operands = given.x, given.weight, given.bias, given.lora_A, given.lora_B, given.gain
+    _, h = ahead(*operands)
+    assert len(launches) == forward, launches
+    launches.clear()
+    back(given.dy, given.x, given.weight, given.lora_A, given.lora_B, given.gain, h)
+    assert len(launches) == backward, launches
 
 
 class TestRefusals:
