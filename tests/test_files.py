@@ -1,5 +1,7 @@
 """One adapter, one self-describing file: exact, atomic, and refused whole where it does not fit."""
 
+import copy
+import errno
 import json
 import multiprocessing
 import os
@@ -24,6 +26,7 @@ from torch import nn
 import lora_core
 from lora_core import AdapterError, ConfigError, CorruptFileError, MergeError, MismatchError
 from lora_core._files import container
+from lora_core._files.fingerprint import differing, fingerprint
 from lora_core.testing.laws import train_pretend
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,7 +64,7 @@ def picture(model: nn.Module) -> object:
 @given(
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     st.lists(st.integers(1, 6), min_size=3, max_size=3),
-    st.floats(-1e3, 1e3),
+    st.floats(-1e3, 1e3).filter(bool),
     st.sampled_from([0.0, 0.25]),
     st.text("abcXYZ019_-", min_size=1, max_size=64),
 )
@@ -338,15 +341,34 @@ HOSTILE = {
     "a missing layer": (about(lambda a: a["layers"].pop("1")), "must hold exactly the tensors of"),
     "a surplus layer": (
         about(lambda a: a["layers"].update({"7": a["layers"]["1"]})),
-        "'7.lora_A', '7.lora_B' is missing",
+        "'7.lora_A', '7.lora_B' is missing. Save it again.",
     ),
     "a false rank": (
         about(lambda a: a["layers"]["1"].update(rank=2**28)),
         "described rank 2684354",
     ),
     "an unknown kind": (about(lambda a: a["layers"]["1"].update(kind="x")), "unknown kind 'x'"),
+    "an unknown key": (
+        about(lambda a: a.update(rslora=True)),
+        "the description has the unknown keys 'rslora'; this reader knows 'version', 'adapter',",
+    ),
+    "an unknown key of a layer": (
+        about(lambda a: a["layers"]["1"].update(rslora=True)),
+        "'1' has the unknown keys 'rslora'; this reader knows 'alpha', 'kind', 'rank', 'dropout',",
+    ),
+    "an unknown key of the base": (
+        about(lambda a: a["base"].update(seed=1)),
+        "the base has the unknown keys 'seed'; this reader knows 'dtype', 'samples'. Read it with",
+    ),
+    "aliases that are no names": (
+        about(lambda a: a["layers"]["1"].update(aliases=[3])),
+        "the aliases of '1' are [3]; a list of names is needed",
+    ),
     "no alpha": (about(lambda a: a["layers"]["1"].pop("alpha")), "malformed (KeyError"),
-    "a null alpha": (about(lambda a: a["layers"]["1"].update(alpha=None)), "'1' has no alpha"),
+    "a null alpha": (
+        about(lambda a: a["layers"]["1"].update(alpha=None)),
+        "'1' has no alpha, which sets the scale.",
+    ),
     "NaN alpha": (
         about(lambda a: json.dumps(a).replace('"alpha": 2.0', '"alpha": NaN')),
         "NaN is no JSON number",
@@ -373,6 +395,14 @@ HOSTILE = {
         "a floating matrix of 16 bits",
     ),
     "a vector": (lambda h: h["1.lora_A"].update(shape=[12]), "a floating matrix of 16 bits"),
+    "a rank beyond the layer's sizes": (
+        lambda h: (
+            h["1.lora_A"].update(shape=[12, 1])
+            or h["1.lora_B"].update(shape=[1, 12])
+            or about(lambda a: a["layers"]["1"].update(rank=12))(h)
+        ),
+        "the rank 12 of '1' exceeds its layer's sizes",
+    ),
     "disagreeing factors": (lambda h: h["1.lora_A"].update(shape=[3, 4]), "disagree"),
 }
 
@@ -580,3 +610,109 @@ def test_two_writers_of_one_path_never_mix(tmp_path: Path) -> None:
         writer.join()
         assert writer.exitcode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+# -- modules with several names
+
+
+def twins(shared: bool) -> nn.Sequential:
+    first = net()
+    return nn.Sequential(first, first if shared else copy.deepcopy(first)).eval()
+
+
+def test_a_shared_modules_adapter_is_not_halved(tmp_path: Path) -> None:
+    shared, apart, file = twins(True), twins(False), tmp_path / "a.safetensors"
+    lora_core.inject(shared, rank=2, targets=nn.Linear)
+    train_pretend(shared, "default")
+    lora_core.save(shared, file)
+    other = twins(True)
+    lora_core.load(other, file)
+    x, before = torch.randn(4, 6), picture(apart)
+    assert torch.equal(other(x), shared(x))
+    said = (
+        f"The model must share the layers that {str(file)!r} shares, but 3 names are not the same"
+        " module: '1.0 (file 0.0, model another or none)', "
+    )
+    with pytest.raises(MismatchError, match=f"^{re.escape(said)}"):
+        lora_core.load(apart, file)
+    assert picture(apart) == before
+    with pytest.warns(UserWarning, match="shared in the file, not in the model: '1.0 [(]file 0.0"):
+        report = lora_core.load(apart, file, strict=False)
+    assert [layer.name for layer in report.layers] == ["0.0", "0.1", "0.2"]
+    assert any("shared in the file" in note for note in report.notes)
+
+
+def test_a_file_of_a_model_without_shared_modules_says_nothing_of_them(path: Path) -> None:
+    assert b"aliases" not in path.read_bytes()
+
+
+# -- arguments of another kind
+
+
+def test_load_refuses_what_is_no_model(path: Path) -> None:
+    with pytest.raises(ConfigError, match="^`model` must be an nn.Module, but is NoneType.$"):
+        lora_core.load(None, path)  # type: ignore[arg-type]
+
+
+def test_a_path_may_be_bytes(tmp_path: Path) -> None:
+    file, model = os.fsencode(tmp_path / "a.safetensors"), net()
+    assert lora_core.save(adapted(), file).path == os.fsdecode(file)  # type: ignore[arg-type]
+    assert len(lora_core.load(model, file).layers) == 3  # type: ignore[arg-type]
+
+
+def test_metadata_of_another_kind_is_refused(tmp_path: Path) -> None:
+    said = "`metadata` must map strings to strings, but is ['a']. Write {'note': 'text'}, for"
+    for wrong in (["a"], []):
+        with pytest.raises(
+            ConfigError, match=f"^{re.escape(said.replace(repr(['a']), repr(wrong)))}"
+        ):
+            lora_core.save(adapted(), tmp_path / "a", metadata=wrong)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_file_is_refused_and_stays(path: Path) -> None:
+    before = path.read_bytes()
+    path.chmod(0o444)
+    with pytest.raises(PermissionError, match="the file there is read-only"):
+        lora_core.save(adapted(rank=1), path)
+    assert path.read_bytes() == before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+    assert list(path.parent.iterdir()) == [path]
+
+
+# -- how far weights of another dtype may differ
+
+
+@pytest.mark.parametrize(("factor", "same"), [(1.5, True), (4.0, False), (150.0, False)])
+def test_across_dtypes_weights_differ_by_what_rounding_explains_and_no_more(
+    factor: float, same: bool
+) -> None:
+    model = net()
+    eps = torch.finfo(torch.bfloat16).eps
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(1 + factor * eps)
+    stored = fingerprint({"0": model[0]})
+    half = nn.Linear(6, 6, dtype=torch.float64)
+    base = {**stored, "dtype": "bfloat16"}
+    half.weight.data = net()[0].weight.data.double()
+    assert (differing(base, {"0": half}) == []) is same
+
+
+def test_what_is_no_regular_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    said = f"[Errno {errno.EISDIR}] a file is needed, but this is a folder: {str(tmp_path)!r}"
+    with pytest.raises(IsADirectoryError, match=f"^{re.escape(said)}$"):
+        lora_core.load(net(), tmp_path)
+    said = f"[Errno {errno.EINVAL}] a regular file is needed, but this is a device or pipe: "
+    with pytest.raises(OSError, match=f"^{re.escape(said)}'/dev/null'$"):
+        lora_core.load(net(), "/dev/null")
+    said = f"[Errno {errno.EINVAL}] a file is to be written, but a folder is there: "
+    with pytest.raises(OSError, match=f"^{re.escape(said)}"):
+        lora_core.save(adapted(), tmp_path)
+
+
+def test_a_header_beyond_the_limit_is_not_written(tmp_path: Path) -> None:
+    rule = "A file's header must have at most 8,388,608 bytes and 65,536 tensors, but has 8,"
+    with pytest.raises(ConfigError, match=f"^{re.escape(rule)}.* and 6. Shorten the metadata.$"):
+        lora_core.save(adapted(), tmp_path / "a", metadata={"note": "x" * 2**23})
+    assert not list(tmp_path.iterdir())

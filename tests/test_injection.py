@@ -783,3 +783,60 @@ def test_a_weight_normed_layer_is_adapted_and_given_back(x):
     eject(model)
     assert type(layer) is cls
     assert torch.equal(model(x), plain)
+
+
+def test_the_name_of_either_factor_is_never_overwritten():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_buffer("lora_B_default", torch.zeros(3))
+    message = (
+        "`name` must be new to every layer, but '0' has an attribute 'lora_B_default' of its own."
+        " Choose another name."
+    )
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        inject(model, targets="0")
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([], "`rules` must map patterns to settings, but is []."),
+        (
+            {"to_q": 4},
+            "`rules` must map patterns to settings, as in {'*mid*': {'rank': 16}}, but holds"
+            " 'to_q': 4.",
+        ),
+        (
+            {3: {"rank": 2}},
+            "`rules` must map patterns to settings, as in {'*mid*': {'rank': 16}}, but holds"
+            " 3: {'rank': 2}.",
+        ),
+        (
+            {"to_q": {"r": 2}},
+            "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', but 'to_q' sets 'r'.",
+        ),
+    ],
+)
+def test_rules_of_another_kind_are_refused(net, rules, message):
+    for verb in (plan, inject):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            verb(net, rules=rules)
+    assert not parameters_of(net)
+
+
+def parameters_of(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+def test_a_layer_whose_class_changed_since_is_not_ejected(net):
+    inject(net, rank=2)
+    nn.utils.parametrize.register_parametrization(net.blocks[0].attn.to_q, "weight", nn.Identity())
+    message = (
+        "A layer must have the class that `inject` gave it, but that of 'blocks.0.attn.to_q' was"
+        " changed since (parametrized or sharded). Undo that first, then eject."
+    )
+    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(message)}$"):
+        eject(net)
+    nn.utils.parametrize.remove_parametrizations(net.blocks[0].attn.to_q, "weight")
+    eject(net)
+    assert not parameters_of(net)
