@@ -39,8 +39,9 @@ def merge(
 
     Raises:
         AdapterError: If the model has no adapter.
-        MergeError: If it is merged already, nothing is active, a weight is tied elsewhere, or a
-            merged weight would not be finite. Nothing is changed then.
+        MergeError: If it is merged already, nothing is active, a weight is tied elsewhere, a
+            merged weight would not be finite, or a host's forward is not proven to follow its
+            weight. Nothing is changed then.
 
     Example:
         >>> from lora_core import LoRALinear
@@ -213,7 +214,9 @@ def _linear_in_weight(layer: LoRAMixin) -> bool:
 
 def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
     """`new`, if the host's own forward makes of it what the update adds."""
-    options = list(inspect.signature(layer.host_class.forward).parameters)[2:]
+    taken = list(inspect.signature(layer.host_class.forward).parameters.values())
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    options = [str(p) for i, p in enumerate(taken) if i > 1 or p.kind in many]
     if options:
         raise MergeError(
             f"A host's forward must take its input alone to be merged, but that of"

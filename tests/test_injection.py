@@ -18,7 +18,16 @@ from torch import nn
 from torch.testing import assert_close
 
 import lora_core
-from lora_core import AdapterError, ConfigError, LoRALinear, eject, inject, parameters, plan
+from lora_core import (
+    AdapterError,
+    ConfigError,
+    LoRALinear,
+    UnsupportedLayerError,
+    eject,
+    inject,
+    parameters,
+    plan,
+)
 from lora_core._injection import surgery
 from lora_core._layers import LoRAMixin
 

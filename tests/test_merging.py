@@ -571,6 +571,13 @@ class Scaled(nn.Linear):
         return scale * nn.functional.linear(x, self.weight, self.bias)
 
 
+class Open(nn.Linear):
+    """Takes whatever it is given."""
+
+    def forward(self, *args: float) -> torch.Tensor:
+        return sum(args[1:], 1.0) * nn.functional.linear(args[0], self.weight, self.bias)
+
+
 class Gated(nn.Linear):
     """Needs a second input."""
 
@@ -579,7 +586,10 @@ class Gated(nn.Linear):
 
 
 @pytest.mark.parametrize("reversible", [True, False])
-@pytest.mark.parametrize(("host", "option"), [(Scaled, "scale"), (Gated, "gate")])
+@pytest.mark.parametrize(
+    ("host", "option"),
+    [(Scaled, "scale: float = 1.0"), (Gated, "gate: torch.Tensor"), (Open, "*args: float")],
+)
 def test_a_host_whose_forward_takes_more_than_its_input_is_not_merged(
     host: type[nn.Linear], option: str, reversible: bool
 ) -> None:

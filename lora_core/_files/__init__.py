@@ -51,7 +51,8 @@ def save(
         ConfigError: If `metadata` is not made of strings or uses a reserved key, or a factor is
             not finite.
         MergeError: If the base weights are gone (``merge(..., reversible=False)``).
-        OSError: If the file can't be written; an existing one is then as it was.
+        OSError: If the file can't be written, or one that is read-only is there; an existing one is
+            then as it was.
 
     Example:
         >>> import tempfile, lora_core
@@ -124,7 +125,8 @@ def load(
         name: What to call the adapter here; None means as it was saved.
         scale: Its strength.
         strict: Whether a layer that the model lacks, or a base model with other weights, is an
-            error; else the rest is loaded, and both are warned of and noted in the report.
+            error, or a module that the file knows under several names and the model does not; else
+            the rest is loaded, and all are warned of and noted in the report.
         check_base: Whether to compare the weights with those the adapter was trained on.
 
     Returns:

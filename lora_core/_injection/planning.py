@@ -40,7 +40,7 @@ def plan(
     Args:
         model: Any module.
         rank: Inner dimension of the updates.
-        alpha: Numerator of the scale; None means each layer's rank, a scale of 1.
+        alpha: Numerator of the scale, not 0; None means each layer's rank, a scale of 1.
         targets: Which layers: a glob over the dotted name or any tail of it (a bare word is the
             last segment), a compiled regex (full match), a module class, a predicate
             ``(name, module)``, or a list of these. None finds the attention projections.
