@@ -1,5 +1,6 @@
 """The adapters on a model: listing them, and choosing which are active and how strongly."""
 
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -209,6 +210,17 @@ class _Scope:
 
 
 _LOCK = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """Gives a forked child a lock that no thread of its parent holds."""
+    global _LOCK  # noqa: PLW0603  # the one of the parent may never be released here
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 # layer -> the scopes over it, the outermost first; one that nobody holds can't end any more
 _SCOPES: weakref.WeakKeyDictionary[LoRAMixin, list[weakref.ref[_Scope]]] = (
     weakref.WeakKeyDictionary()

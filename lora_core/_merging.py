@@ -74,7 +74,7 @@ def merge(
     }
     how = _merge_reversibly if reversible else _merge_in_place
     # weights made in inference mode could not be trained on after an unmerge
-    with torch.no_grad(), torch.inference_mode(mode=False):
+    with torch.inference_mode(mode=False), torch.no_grad():  # in this order: leaving turns it on
         loss = how(layers, set(tied), torch.device(keep) if keep is not None else None)
     return MergeReport(strengths, tuple(layers), reversible, loss)
 

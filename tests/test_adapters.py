@@ -3,7 +3,9 @@
 import itertools
 import linecache
 import math
+import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -569,3 +571,48 @@ def test_any_legal_name_can_be_given_a_strength():
     other = LoRALinear(nn.Linear(4, 4), name="model")
     scales(other, model=0.5)
     assert other.lora_selection.strengths == (0.5,)
+
+
+FORKED = """
+import os, signal, sys, threading
+import torch
+from torch import nn
+import lora_core
+from lora_core import _adapters
+
+torch.set_num_threads(1)
+model = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
+lora_core.inject(model, rank=2)
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with _adapters._LOCK:
+        held.set()
+        done.wait(60)
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    with lora_core.disabled(model):
+        pass
+    os._exit(0)
+status = os.waitpid(child, 0)[1]
+done.set()
+thread.join()
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_a_thread_switches_adapters_is_not_stuck():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

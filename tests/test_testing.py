@@ -190,7 +190,6 @@ def test_a_broken_library_is_caught(
 
 
 # a merge over a host that trains
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
 @pytest.mark.parametrize("freeze", [True, False])
 def test_the_laws_hold_whether_or_not_the_host_is_frozen(freeze: bool) -> None:
     torch.manual_seed(0)
