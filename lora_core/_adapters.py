@@ -116,6 +116,7 @@ def summary(model: nn.Module) -> Summary:
                 name=name,
                 layers=tuple(mine),
                 ranks=tuple(sorted({m.lora_configs[name].rank for m in mine.values()})),
+                scales=tuple(sorted({m.lora_configs[name].scale for m in mine.values()})),
                 parameters=count(factors),
                 nbytes=sum(p.numel() * p.element_size() for p in factors),
                 strengths=tuple(dict.fromkeys(strengths)),
@@ -300,7 +301,7 @@ def scales(model: nn.Module, /, **strengths: float) -> Scales:
     """Chooses the active adapters and their strengths, in place.
 
     The adapters named become the active ones, in this order, each multiplied by its strength on
-    top of ``alpha / rank``; all others become inactive. Works at once, and as a context manager
+    top of its layers' scales; all others become inactive. Works at once, and as a context manager
     that restores what it found.
 
     Args:

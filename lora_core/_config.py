@@ -22,17 +22,25 @@ class AdapterConfig:
         alpha: Numerator of the scale; equal to `rank` where the user gave none.
         dropout: Probability of dropping an input element of the update while training.
         dtype: Type the factors are stored in.
+        rslora: Whether the scale divides by the rank's square root.
+
+    Reference:
+        Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
     """
 
     rank: int
     alpha: float
     dropout: float
     dtype: torch.dtype
+    rslora: bool = False
 
     @property
     def scale(self) -> float:
-        """``alpha / rank``, what the update is multiplied by at strength 1."""
-        return self.alpha / self.rank
+        """What the update is multiplied by at strength 1.
+
+        ``alpha / rank``, or ``alpha / sqrt(rank)`` with `rslora`.
+        """
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def check_rank(rank: object, in_features: int, out_features: int, where: str = "") -> int:
@@ -81,6 +89,13 @@ def check_dtype(dtype: object) -> torch.dtype | None:
             " Use torch.float32, torch.bfloat16, torch.float16 or torch.float64."
         )
     return dtype
+
+
+def check_flag(what: str, value: object) -> bool:
+    """Returns `value` if it is True or False: a truthy value may be a slip."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"`{what}` must be True or False, but is {value!a}.")
+    return value
 
 
 def check_name(name: object) -> str:

@@ -60,8 +60,13 @@ class LayerReport:
 
     @property
     def scale(self) -> float:
-        """``alpha / rank``."""
+        """``alpha / rank``, or ``alpha / sqrt(rank)`` with `rslora`."""
         return self.config.scale
+
+    @property
+    def rslora(self) -> bool:
+        """Whether the scale divides by the rank's square root."""
+        return self.config.rslora
 
     @property
     def parameters(self) -> int:
@@ -121,6 +126,9 @@ class Report:
             f"adapter {self.adapter!r}: {len(self.layers)} layers, {self.parameters:,} parameters;"
             f" {self.trainable:,} of {self.total:,} train ({share:.2%})",
         ]
+        stabilised = sum(layer.rslora for layer in self.layers)
+        if stabilised:
+            lines.append(f"scale: alpha / sqrt(rank) on {stabilised} layers")
         for reason, count in Counter(self.left_out.values()).most_common():
             lines.append(f"left out: {count} ({reason})")
         return "\n".join([*lines, *self.notes])
@@ -134,6 +142,7 @@ class AdapterSummary:
         name: The adapter's name.
         layers: Names of the layers it is on.
         ranks: Its ranks, sorted, each once.
+        scales: Its scales, sorted, each once: what a strength multiplies.
         parameters: Numbers in its factors.
         nbytes: Bytes of its factors.
         strengths: Its strengths where it is active, each once; empty where it is nowhere active.
@@ -144,6 +153,7 @@ class AdapterSummary:
     name: str
     layers: tuple[str, ...]
     ranks: tuple[int, ...]
+    scales: tuple[float, ...]
     parameters: int
     nbytes: int
     strengths: tuple[float, ...]
@@ -179,6 +189,7 @@ class Summary:
                 a.name,
                 len(a.layers),
                 joined(a.ranks),
+                joined(a.scales),
                 a.parameters,
                 a.nbytes,
                 joined(a.strengths),
@@ -191,6 +202,7 @@ class Summary:
             "adapter",
             "layers",
             "rank",
+            "scale",
             "parameters",
             "bytes",
             "strength",

@@ -91,6 +91,7 @@ def test_summary_says_how_the_adapters_stand(two):
     a, b = found.adapters
     assert (a.name, len(a.layers), a.ranks, a.parameters) == ("a", 8, (2,), 8 * 32)
     assert (b.name, b.layers, b.ranks) == ("b", ("blocks.0.attn.to_q", "head"), (3,))
+    assert (a.scales, b.scales) == ((1.5,), (1.0,))
     assert (b.parameters, b.nbytes) == (3 * (16 + 13), 12 * (16 + 13))
     assert (a.active, b.active) == (True, True)
     assert (a.trainable, b.trainable) == (False, True)
@@ -114,12 +115,12 @@ def test_summary_of_a_plain_model_has_no_adapters(net):
 def test_summary_prints_as_a_table(two):
     scales(two, b=-0.5)
     lines = str(summary(two)).splitlines()
-    header = "adapter layers rank parameters bytes strength trains merged"
+    header = "adapter layers rank scale parameters bytes strength trains merged"
     assert [line.split() for line in lines[:4:3]] == [
         header.split(),
-        ["b", "2", "3", "87", "348", "-0.5", "yes", "no"],
+        ["b", "2", "3", "1", "87", "348", "-0.5", "yes", "no"],
     ]
-    assert lines[2].split() == ["a", "8", "2", "256", "1024", "-", "no", "no"]
+    assert lines[2].split() == ["a", "8", "2", "1.5", "256", "1024", "-", "no", "no"]
     assert lines[4] == "87 of 1,508 parameters train (5.77%)"
 
 
@@ -534,12 +535,12 @@ def test_a_strength_must_be_finite(two, value):
 
 def test_a_finite_strength_that_makes_an_infinite_gain_is_refused(two):
     before = selections(two)
-    message = "`strength * alpha / rank` must be at most 3.4e+38, but is 4.5e+38 for 'a'."
+    message = "`strength * scale` must be at most 3.4e+38, but is 4.5e+38 for 'a'."
     with pytest.raises(ConfigError, match=f"^{re.escape(message)} Choose smaller values.$"):
         scales(two, b=1.0, a=3e38)
     assert same(selections(two), before)
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ConfigError, match=r"^`strength \* alpha / rank` must be at most 3.4e\+38"):
+    with pytest.raises(ConfigError, match=r"^`strength \* scale` must be at most 3.4e\+38"):
         inject(model, rank=1, alpha=1e39, targets="0")
     assert type(model[0]) is nn.Linear
 

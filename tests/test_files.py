@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ from torch import nn
 
 import lora_core
 from lora_core import AdapterError, ConfigError, CorruptFileError, MergeError, MismatchError
-from lora_core._files import container
+from lora_core._files import container, native
 from lora_core._files.fingerprint import differing, fingerprint
+from lora_core._files.native import AdapterFile, FileLayer
 from lora_core.testing.laws import train_pretend
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -93,6 +95,35 @@ def test_a_saved_adapter_comes_back_bit_for_bit(
             assert a.dtype == b.dtype == dtype
             assert torch.equal(a, b)
     assert torch.equal(model(x), bare(x))
+
+
+@given(st.lists(st.booleans(), min_size=3, max_size=3), st.integers(1, 6))
+@SAME_FOLDER
+def test_a_rank_stabilised_scale_comes_back_and_the_second_file_is_the_first(
+    tmp_path: Path, flags: list[bool], rank: int
+) -> None:
+    rules = {str(i): {"rslora": flag} for i, flag in enumerate(flags)}
+    model, bare, x = adapted(rank=rank, alpha=3.0, rules=rules), net(), torch.randn(4, 6)
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    lora_core.save(model, first)
+    report = lora_core.load(bare, first)
+    assert [layer.rslora for layer in report.layers] == flags
+    assert [m.lora_configs for m in bare] == [m.lora_configs for m in model]
+    assert torch.equal(model(x), bare(x))
+    lora_core.save(bare, second)
+    assert first.read_bytes() == second.read_bytes()
+    assert first.read_bytes().count(b"rslora") == sum(flags)
+
+
+def test_a_plain_adapter_is_described_as_ever() -> None:
+    layer = FileLayer(torch.ones(1, 2), torch.ones(3, 1), 2.0)
+    _, entries = native.encode(AdapterFile("a", {"x": layer}, {"dtype": "d", "samples": "s"}, {}))
+    assert entries["lora_core"] == (
+        '{"adapter":"a","base":{"dtype":"d","samples":"s"},'
+        '"layers":{"x":{"alpha":2.0,"kind":"linear","rank":1}},"version":1}'
+    )
+    _, entries = native.encode(AdapterFile("a", {"x": replace(layer, rslora=True)}, {}, {}))
+    assert '"x":{"alpha":2.0,"kind":"linear","rank":1,"rslora":true}' in entries["lora_core"]
 
 
 def test_equal_adapters_are_equal_bytes_merged_or_not(tmp_path: Path) -> None:
@@ -349,12 +380,12 @@ HOSTILE = {
     ),
     "an unknown kind": (about(lambda a: a["layers"]["1"].update(kind="x")), "unknown kind 'x'"),
     "an unknown key": (
-        about(lambda a: a.update(rslora=True)),
-        "the description has the unknown keys 'rslora'; this reader knows 'version', 'adapter',",
+        about(lambda a: a.update(dora=True)),
+        "the description has the unknown keys 'dora'; this reader knows 'version', 'adapter',",
     ),
     "an unknown key of a layer": (
-        about(lambda a: a["layers"]["1"].update(rslora=True)),
-        "'1' has the unknown keys 'rslora'; this reader knows 'alpha', 'kind', 'rank', 'dropout',",
+        about(lambda a: a["layers"]["1"].update(dora=True)),
+        "'1' has the unknown keys 'dora'; this reader knows 'alpha', 'kind', 'rank', 'dropout',",
     ),
     "an unknown key of the base": (
         about(lambda a: a["base"].update(seed=1)),
@@ -363,6 +394,10 @@ HOSTILE = {
     "aliases that are no names": (
         about(lambda a: a["layers"]["1"].update(aliases=[3])),
         "the aliases of '1' are [3]; a list of names is needed",
+    ),
+    "an rslora that is no boolean": (
+        about(lambda a: a["layers"]["1"].update(rslora=1)),
+        "`rslora` must be True or False, but is 1.",
     ),
     "no alpha": (about(lambda a: a["layers"]["1"].pop("alpha")), "malformed (KeyError"),
     "a null alpha": (

@@ -591,6 +591,7 @@ def test_a_failure_at_any_layer_leaves_the_model_as_it_was(net, portrait, monkey
         {"alpha": float("nan")},
         {"dropout": 1.0},
         {"dtype": torch.int8},
+        {"rslora": 1},
         {"name": "a.b"},
         {"rules": {"blocks.1.attn.to_v": {"rank": 0}}},
         {"rules": {"to_q": {"alpha": float("inf")}}},
@@ -822,7 +823,7 @@ def test_the_name_of_either_factor_is_never_overwritten():
         ),
         (
             {"to_q": {"r": 2}},
-            "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', but 'to_q' sets 'r'.",
+            "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', but 'to_q' sets 'r'.",
         ),
     ],
 )
@@ -835,6 +836,40 @@ def test_rules_of_another_kind_are_refused(net, rules, message):
 
 def parameters_of(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+@pytest.mark.parametrize("rslora", [1, None, "yes"])
+def test_an_rslora_that_is_no_boolean_is_refused(net, portrait, rslora):
+    before = portrait(net)
+    message = f"`rslora` must be True or False, but is {rslora!r}."
+    for verb in (plan, inject):
+        for wrong in ({"rslora": rslora}, {"rules": {"to_q": {"rslora": rslora}}}):
+            with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+                verb(net, **wrong)
+    assert portrait(net) == before
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_rules_choose_by_pattern_where_the_scale_is_rank_stabilised(net, everywhere):
+    wishes = {
+        "rank": 4,
+        "alpha": 3.0,
+        "rslora": everywhere,
+        "rules": {"to_q": {"rslora": not everywhere}},
+    }
+    planned = plan(net, **wishes)
+    report = inject(net, **wishes)
+    assert report == planned
+    scales = {layer.name.rpartition(".")[2]: layer.scale for layer in report.layers}
+    flipped = {layer.name for layer in report.layers if layer.rslora is not everywhere}
+    assert flipped == {f"blocks.{i}.attn.to_q" for i in range(2)}
+    assert scales["to_q"] == (0.75 if everywhere else 1.5)
+    assert scales["to_k"] == (1.5 if everywhere else 0.75)
+    stabilised = sum(layer.rslora for layer in report.layers)
+    assert f"scale: alpha / sqrt(rank) on {stabilised} layers" in str(report).splitlines()
+    assert lora_core.summary(net).adapters[0].scales == (0.75, 1.5)
+    eject(net)
+    assert "sqrt" not in str(inject(net, rank=4))
 
 
 def test_a_layer_whose_class_changed_since_is_not_ejected(net):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lora_core import ConfigError, LoRALinear, UnsupportedLayerError, inject, scales
+from lora_core import ConfigError, LoRALinear, UnsupportedLayerError, inject, merge, scales
 from lora_core._layers import adapted_class
 from lora_core.functional import lora_delta, lora_linear
 
@@ -198,6 +198,32 @@ def test_scale_is_alpha_over_rank(alpha, scale):
     assert layer.lora_configs["default"].scale == scale
     dense = lora_delta(*layer.factors("default"), scale)
     assert_close(layer(torch.eye(4).double()) - layer.bias, (layer.weight + dense).T)
+
+
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.floats(-4, 4, width=16).filter(bool), st.integers(1, 6)
+)
+def test_rank_stabilised_it_divides_alpha_by_the_square_root_of_the_rank(i, o, alpha, rank):
+    rank = min(rank, i, o)
+    layer = trained(LoRALinear(nn.Linear(i, o).double(), rank, alpha, rslora=True))
+    config, x = layer.lora_configs["default"], torch.randn(5, i).double()
+    assert config.scale == alpha / math.sqrt(rank)
+    A, B = layer.factors("default")
+    expected = x @ layer.weight.T + layer.bias + alpha / rank**0.5 * (x @ A.T @ B.T)
+    assert_close(layer(x), expected)
+    merge(layer.eval())
+    assert_close(layer(x), expected)
+    plain = trained(LoRALinear(nn.Linear(i, o), rank, alpha)).lora_configs["default"]
+    assert config.scale == pytest.approx(plain.scale * math.sqrt(rank), rel=1e-15)
+
+
+@pytest.mark.parametrize("rslora", [1, 0, None, "yes", torch.tensor(True)], ids=str)
+def test_rslora_must_be_a_boolean(rslora):
+    linear = nn.Linear(4, 4)
+    message = f"`rslora` must be True or False, but is {rslora!a}."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        LoRALinear(linear, rslora=rslora)
+    assert all(p.requires_grad for p in linear.parameters())
 
 
 def test_alpha_left_out_is_the_rank():
@@ -530,6 +556,8 @@ def test_it_prints_its_adapters():
     layer = LoRALinear(nn.Linear(4, 6), rank=2, alpha=3, name="style")
     text = "in_features=4, out_features=6, bias=True, style: rank=2, alpha=3"
     assert repr(layer) == f"LoRALinear({text})"
+    stabilised = LoRALinear(nn.Linear(4, 6), rank=2, alpha=3, name="style", rslora=True)
+    assert repr(stabilised) == f"LoRALinear({text}, rslora)"
 
 
 def test_checkpointed_gradients_are_the_plain_ones():

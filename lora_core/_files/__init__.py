@@ -38,7 +38,7 @@ def save(
     """Writes one adapter of `model` to a self-describing `.safetensors` file.
 
     Atomic, and byte for byte the same for the same adapter, merged or not. Strengths set by
-    `scales` are not part of an adapter and are not saved; rank, alpha and dropout are.
+    `scales` are not part of an adapter and are not saved; rank, alpha, dropout and `rslora` are.
 
     Args:
         model: A model with adapters.
@@ -96,7 +96,9 @@ def save(
     file_layers = {}
     for n, layer in layers.items():
         config, aliases = layer.lora_configs[name], sorted(set(names[layer]) - {n})
-        file_layers[n] = FileLayer(*held[n], config.alpha, config.dropout, tuple(aliases))
+        file_layers[n] = FileLayer(
+            *held[n], config.alpha, config.dropout, tuple(aliases), config.rslora
+        )
     tensors, entries = native.encode(AdapterFile(name, file_layers, fingerprint(layers), own))
     data = container.pack(tensors, entries)
     container.write(path, data)
@@ -169,7 +171,9 @@ def load(
     grafts, configs = [], []
     for layer_name, candidate in found.items():
         layer = file.layers[layer_name]
-        configs.append(AdapterConfig(layer.rank, layer.alpha, layer.dropout, layer.lora_A.dtype))
+        configs.append(
+            AdapterConfig(layer.rank, layer.alpha, layer.dropout, layer.lora_A.dtype, layer.rslora)
+        )
         grafts.append(_graft(candidate, layer, configs[-1]))
     report = describe(
         candidates,

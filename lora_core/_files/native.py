@@ -7,8 +7,9 @@ Metadata: ``format`` = "pt", ``lora_core`` = the JSON value below, and the user'
      "layers": {"down.0.attn.to_q": {"alpha": 4.0, "kind": "linear", "rank": 4}},
      "base": {"dtype": "float32", "samples": "<base64>"}}
 
-Optional in a layer: ``dropout``, and ``aliases``, the other names of a module that has several. A
-key that this reader doesn't know is refused: it may change what the tensors mean.
+Optional in a layer: ``dropout``; ``rslora``, true where the scale is alpha / sqrt(rank) and not
+alpha / rank; and ``aliases``, the other names of a module that has several. A key that this reader
+doesn't know is refused: it may change what the tensors mean.
 """
 
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core._config import check_alpha, check_dropout, check_name
+from lora_core._config import check_alpha, check_dropout, check_flag, check_name
 from lora_core._errors import ConfigError, CorruptFileError, listed
 from lora_core._layers import non_finite
 
@@ -27,7 +28,7 @@ _VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KEYS = ("version", "adapter", "layers", "base")
 _BASE_KEYS = ("dtype", "samples")
-_LAYER_KEYS = ("alpha", "kind", "rank", "dropout", "aliases")
+_LAYER_KEYS = ("alpha", "kind", "rank", "dropout", "rslora", "aliases")
 RESERVED = ("format", "lora_core")
 
 
@@ -41,6 +42,7 @@ class FileLayer:
         alpha: Numerator of the scale.
         dropout: Probability of dropping an input element while training.
         aliases: Other dotted names of the same module.
+        rslora: Whether the scale is alpha / sqrt(rank).
     """
 
     lora_A: Tensor
@@ -48,6 +50,7 @@ class FileLayer:
     alpha: float
     dropout: float = 0.0
     aliases: tuple[str, ...] = ()
+    rslora: bool = False
 
     @property
     def rank(self) -> int:
@@ -82,6 +85,8 @@ def encode(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
         layers[name] = {"alpha": layer.alpha, "kind": "linear", "rank": layer.rank}
         if layer.dropout:
             layers[name]["dropout"] = layer.dropout
+        if layer.rslora:
+            layers[name]["rslora"] = True
         if layer.aliases:
             layers[name]["aliases"] = list(layer.aliases)
     about = {"version": _VERSION, "adapter": file.name, "layers": layers, "base": file.base}
@@ -161,7 +166,8 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             f"the aliases of {listed([name])} are {aliases!a}; a list of names is needed"
         )
     checked = check_alpha(alpha, rank), check_dropout(dropout)
-    return FileLayer(lora_A, lora_B, *checked, tuple(aliases))
+    rslora = check_flag("rslora", entry.get("rslora", False))
+    return FileLayer(lora_A, lora_B, *checked, tuple(aliases), rslora)
 
 
 def _check_keys(what: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from lora_core._injection.targets import (
 from lora_core._layers import LoRAMixin, factor_names, layer_config, sizes
 from lora_core._reports import LayerReport, Report, count
 
-_SETTINGS = ("rank", "alpha", "dropout", "dtype")
+_SETTINGS = ("rank", "alpha", "dropout", "dtype", "rslora")
 
 
 def plan(
@@ -33,6 +33,7 @@ def plan(
     name: str = "default",
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
+    rslora: bool = False,
     freeze: bool = True,
 ) -> Report:
     """What `inject` with the same arguments would do; changes nothing.
@@ -49,6 +50,8 @@ def plan(
         name: The adapter's name.
         dropout: Probability of dropping an input element of the update while training.
         dtype: Type of the factors; None means the weight's, but float32 at least.
+        rslora: Whether the scale is alpha / sqrt(rank), so that a larger rank learns as fast;
+            with alpha left out it is then sqrt(rank).
         freeze: Whether everything but the new adapter would stop training.
 
     Returns:
@@ -68,7 +71,7 @@ def plan(
     """
     return draw_up(
         model,
-        {"rank": rank, "alpha": alpha, "dropout": dropout, "dtype": dtype},
+        {"rank": rank, "alpha": alpha, "dropout": dropout, "dtype": dtype, "rslora": rslora},
         targets=targets,
         exclude=exclude,
         rules={} if rules is None else rules,

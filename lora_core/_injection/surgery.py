@@ -47,6 +47,7 @@ def inject(
     name: str = "default",
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
+    rslora: bool = False,
     freeze: bool = True,
 ) -> Report:
     """Puts a fresh adapter on layers of `model`, in place, all or nothing; changes no output.
@@ -73,7 +74,13 @@ def inject(
         >>> [n for n, p in block.named_parameters() if p.requires_grad]
         ['to_q.lora_A_default', 'to_q.lora_B_default']
     """
-    settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "dtype": dtype}
+    settings = {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "dtype": dtype,
+        "rslora": rslora,
+    }
     report, chosen, modules = draw_up(
         model,
         settings,

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_core._config import AdapterConfig, check_alpha, check_dropout, check_dtype, check_rank
+from lora_core._config import (
+    AdapterConfig,
+    check_alpha,
+    check_dropout,
+    check_dtype,
+    check_flag,
+    check_rank,
+)
 from lora_core._errors import ConfigError
 from lora_core._layers.mixin import LoRAMixin, Selection, TransposedLoRAMixin, adapted_class, reset
 
@@ -81,6 +88,7 @@ def layer_config(
     alpha: object,
     dropout: object,
     dtype: object,
+    rslora: object = False,
     where: str = "",
 ) -> AdapterConfig:
     """Checks the settings for one layer and fills in what follows from the layer."""
@@ -96,6 +104,7 @@ def layer_config(
         alpha=check_alpha(alpha, checked),
         dropout=check_dropout(dropout),
         dtype=check_dtype(dtype) or torch.promote_types(weight_dtype, torch.float32),  # type: ignore[arg-type]
+        rslora=check_flag("rslora", rslora),
     )
 
 

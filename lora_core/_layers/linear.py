@@ -13,9 +13,9 @@ from lora_core._layers.mixin import ADAPTED, FROZEN, LoRAMixin
 class LoRALinear(LoRAMixin, nn.Linear):
     """A frozen linear layer plus a trainable low-rank update.
 
-    Computes ``x @ weight.T + bias + (alpha / rank) * (x @ lora_A.T) @ lora_B.T``; equal to the
-    wrapped layer until trained, because `lora_B` starts at zero. The new module adopts the
-    Parameters of `linear` and freezes them; `inject` does the same in place.
+    Computes ``x @ weight.T + bias + scale * (x @ lora_A.T) @ lora_B.T`` with a scale of alpha /
+    rank; equal to the wrapped layer until trained, because `lora_B` starts at zero. The new module
+    adopts the Parameters of `linear` and freezes them; `inject` does the same in place.
 
     Args:
         linear: The layer to adapt.
@@ -24,6 +24,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
         name: The adapter's name.
         dropout: Probability of dropping an input element of the update while training.
         dtype: Type of the factors; None means the weight's, but float32 at least.
+        rslora: Whether the scale is alpha / sqrt(rank), so that a larger rank learns as fast.
 
     Shape:
         - Input: ``(..., in_features)``
@@ -56,6 +57,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
         name: str = "default",
         dropout: float = 0.0,
         dtype: torch.dtype | None = None,
+        rslora: bool = False,
     ) -> None:
         if type(linear) is not nn.Linear:
             raise UnsupportedLayerError(
@@ -71,7 +73,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
                 " that a new module would lose. Use `inject(linear, targets=nn.Linear)`, which"
                 " keeps the object."
             )
-        config = layer_config(linear, rank, alpha, dropout, dtype)
+        config = layer_config(linear, rank, alpha, dropout, dtype, rslora)
         factors = fresh_factors(linear, config)
         check_name(name)
         nn.Module.__init__(self)

@@ -26,7 +26,7 @@ class Selection(NamedTuple):
     Attributes:
         names: The active adapters, in the order in which they were chosen.
         strengths: What the user multiplies each by.
-        gains: ``strength * alpha / rank`` as 0-d tensors: a new value recompiles nothing.
+        gains: ``strength * scale`` as 0-d tensors: a new value recompiles nothing.
     """
 
     names: tuple[str, ...]
@@ -162,7 +162,7 @@ class LoRAMixin(nn.Module):
         value, limit = strength * self.lora_configs[name].scale, torch.finfo(dtype).max
         if not abs(value) <= limit:
             raise ConfigError(
-                f"`strength * alpha / rank` must be at most {limit:.3g}, but is {value:.3g} for"
+                f"`strength * scale` must be at most {limit:.3g}, but is {value:.3g} for"
                 f" {name!r}. Choose smaller values."
             )
         # a selection made in inference mode must be usable in training
@@ -194,7 +194,10 @@ class LoRAMixin(nn.Module):
             destination[f"{prefix}{_MARK}"] = torch.tensor(True)
 
     def extra_repr(self) -> str:
-        adapters = (f"{name}: rank={c.rank}, alpha={c.alpha:g}" for name, c in _configs(self))
+        adapters = (
+            f"{name}: rank={c.rank}, alpha={c.alpha:g}" + ", rslora" * c.rslora
+            for name, c in _configs(self)
+        )
         return ", ".join(filter(None, [super().extra_repr(), *adapters]))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
