@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lora_core._merging import merge as merge
     from lora_core._merging import unmerge as unmerge
     from lora_core._training import parameter_groups as parameter_groups
+    from lora_core._training import trainable as trainable
 
 _ROOMS = {
     "_adapters": ("disabled", "parameters", "scales", "summary"),
@@ -59,7 +60,7 @@ _ROOMS = {
     "_injection": ("eject", "inject", "plan"),
     "_layers": ("LoRALinear", "explain"),
     "_merging": ("merge", "unmerge"),
-    "_training": ("parameter_groups",),
+    "_training": ("parameter_groups", "trainable"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 _DOORS = ("functional", "models", "testing")

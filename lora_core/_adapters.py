@@ -66,6 +66,9 @@ def layers_with(model: nn.Module, name: str | None) -> dict[str, LoRAMixin]:
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """The factors of one adapter, or of all: what an optimiser should be given.
 
+    Those that are frozen now are among them: an optimiser passes over what has no gradient, and
+    goes on working when `trainable` chooses other adapters.
+
     Args:
         model: A model with adapters.
         name: The adapter; None means all.

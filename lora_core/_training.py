@@ -1,12 +1,17 @@
 """What trains, how fast, and how far it may go: the adapters as an optimiser meets them."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
-from torch import nn
+from torch import Tensor, nn
 
-from lora_core._adapters import parameters
+from lora_core._adapters import adapter_names, layers_with, parameters
 from lora_core._config import check_finite
-from lora_core._errors import ConfigError
+from lora_core._errors import AdapterError, ConfigError, listed
+from lora_core._layers import FROZEN, LoRAMixin
+from lora_core._reports import count
 
 
 def parameter_groups(
@@ -61,9 +66,182 @@ def parameter_groups(
         raise ConfigError(
             f"An adapter must train to be optimised, but all {len(factors)} factors of"
             f" {'the model' if name is None else repr(name)} are frozen."
-            " Set `requires_grad` on those that are to train."
+            " Call `trainable(model, ...)` with those that are to train."
         )
     return groups
+
+
+class _Found(NamedTuple):
+    """What `trainable` found of one factor.
+
+    Attributes:
+        parameter: The factor.
+        flag: Whether it required a gradient.
+        grad: Its gradient.
+        holders: The adapters that keep it frozen, and what each of them found.
+    """
+
+    parameter: nn.Parameter
+    flag: bool
+    grad: Tensor | None
+    holders: dict[str, bool]
+
+
+class Trainable(AbstractContextManager["Trainable"]):
+    """What `trainable` did; leaving it as a context puts back what was there before.
+
+    Attributes:
+        adapters: Names of the adapters that train now.
+        frozen: Names of those that don't.
+        parameters: Numbers in the factors that train now.
+    """
+
+    def __init__(self, layers: Mapping[str, LoRAMixin], names: Sequence[str]) -> None:
+        self.adapters = tuple(dict.fromkeys(names))
+        self.frozen = tuple(n for n in adapter_names(layers) if n not in names)
+        chosen = [
+            p for m in layers.values() for n in names if n in m.lora_configs for p in m.factors(n)
+        ]
+        self.parameters = count(list(dict.fromkeys(chosen)))
+        self._over = False
+        self._found = {layer: _look(layer) for layer in layers.values()}
+
+    def __repr__(self) -> str:
+        rest = f"; frozen: {listed(self.frozen)}" if self.frozen else ""
+        return f"trainable {listed(self.adapters)}: {self.parameters:,} parameters{rest}"
+
+    def __enter__(self) -> Self:
+        if self._over:
+            raise ConfigError(
+                "A `trainable` block must be entered once, but this one is over and what it found"
+                " is put back. Call `trainable(model, ...)` again."
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over = True
+        for layer, factors in self._found.items():
+            _put_back(layer, factors)
+        self._found = {}
+
+
+def trainable(model: nn.Module, *names: str) -> Trainable:
+    """Chooses the adapters that train, in place: exactly those named.
+
+    Their factors require gradients from now on, those of other adapters don't and drop theirs (an
+    optimiser would go on stepping with them). Which adapters take part in a forward is another
+    matter, for `scales`; the host's own parameters keep their flags. The choice outlasts other
+    adapters: no later `eject` of one makes a factor train that was left out here.
+
+    Works at once, and as a context manager that restores the flags and gradients that it found,
+    with what `eject` is to make of them. Blocks must end in the reverse order of their beginning.
+
+    Args:
+        model: A model with adapters.
+        names: The adapters that are to train.
+
+    Raises:
+        AdapterError: If a name is no adapter of the model; nothing is changed then.
+        ConfigError: If no name is given.
+
+    Example:
+        >>> from lora_core import LoRALinear, inject
+        >>> layer = LoRALinear(nn.Linear(3, 5), rank=2, name="style")
+        >>> _ = inject(layer, targets=nn.Linear, rank=1, name="ink")
+        >>> with trainable(layer, "style") as receipt:
+        ...     receipt
+        trainable 'style': 16 parameters; frozen: 'ink'
+        >>> [n for n, p in layer.named_parameters() if p.requires_grad]
+        ['lora_A_ink', 'lora_B_ink']
+    """
+    layers = layers_with(model, None)
+    known = adapter_names(layers)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise AdapterError(
+            f"`trainable` must name adapters of the model, but got {listed(unknown)};"
+            f" it has {listed(known)}."
+        )
+    if not names:
+        raise ConfigError(
+            "`trainable` must be given an adapter, but got none."
+            f" Write `trainable(model, {known[0]!r})`; where none is to train, use"
+            " `model.requires_grad_(False)`."
+        )
+    receipt = Trainable(layers, names)
+    try:
+        for layer in layers.values():
+            _choose(layer, names)
+    except BaseException:
+        receipt.__exit__(None, None, None)
+        raise
+    return receipt
+
+
+def _record(layer: LoRAMixin) -> dict[str, dict[str, bool]]:
+    """A copy of what the adapters keep frozen on a layer, and whether each trained before."""
+    return {name: dict(found) for name, found in vars(layer).get(FROZEN, {}).items()}
+
+
+def _keys(adapter: str) -> tuple[str, str]:
+    return f"lora_A_{adapter}", f"lora_B_{adapter}"
+
+
+def _look(layer: LoRAMixin) -> dict[str, _Found]:
+    """What stands on a layer, by the names of its factors."""
+    record = _record(layer)
+    return {
+        key: _Found(p, p.requires_grad, p.grad, {n: f[key] for n, f in record.items() if key in f})
+        for adapter in layer.lora_configs
+        for key, p in zip(_keys(adapter), layer.factors(adapter), strict=True)
+    }
+
+
+def _choose(layer: LoRAMixin, names: Sequence[str]) -> None:
+    """Sets the flags of a layer's factors, and of what adapters found of them before."""
+    record = _record(layer)
+    for adapter in layer.lora_configs:
+        for key, p in zip(_keys(adapter), layer.factors(adapter), strict=True):
+            for found in record.values():
+                if key in found:  # it stays in their care, but is not to train after them
+                    found[key] = False
+            _set(p, adapter in names, None)
+    if record:
+        vars(layer)[FROZEN] = record
+
+
+def _put_back(layer: LoRAMixin, factors: Mapping[str, _Found]) -> None:
+    """Makes flags and records what they would be had the choice never been made."""
+    record = _record(layer)
+    for key, was in factors.items():
+        if layer._parameters.get(key) is not was.parameter:
+            continue  # its adapter left in the meantime
+        trained = False
+        for name, flag in was.holders.items():
+            trained = trained or flag
+            if key in record.get(name, ()):
+                record[name][key], trained = trained, False
+        # what an adapter that left was to give back goes to the next holder, or is given back
+        trained = trained or was.flag
+        newcomer = next((n for n, f in record.items() if key in f and n not in was.holders), None)
+        if newcomer is None:
+            _set(was.parameter, trained, was.grad)
+        else:
+            record[newcomer][key] = trained
+    if record:
+        vars(layer)[FROZEN] = record
+
+
+def _set(parameter: nn.Parameter, flag: bool, grad: Tensor | None) -> None:
+    """Sets a flag, and where that is a change the gradient."""
+    if parameter.requires_grad is not flag:
+        parameter.requires_grad_(flag)
+        parameter.grad = grad
 
 
 def _positive(what: str, value: float) -> float:

@@ -5,12 +5,24 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from lora_core import AdapterError, ConfigError, inject, parameter_groups, parameters
+from lora_core import (
+    AdapterError,
+    ConfigError,
+    _training,
+    eject,
+    inject,
+    parameter_groups,
+    parameters,
+    scales,
+    summary,
+    trainable,
+)
+from lora_core._layers import FROZEN, LoRAMixin
 from lora_core.testing.laws import train_pretend
 
 
@@ -104,7 +116,7 @@ def test_an_adapter_that_nowhere_trains_has_no_groups(name):
     whose = "'a'" if name else "the model"
     message = (
         f"An adapter must train to be optimised, but all 6 factors of {whose} are frozen."
-        " Set `requires_grad` on those that are to train."
+        " Call `trainable(model, ...)` with those that are to train."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         parameter_groups(model, name, lr=1.0)
@@ -113,3 +125,219 @@ def test_an_adapter_that_nowhere_trains_has_no_groups(name):
 def test_groups_of_an_unknown_adapter_are_an_error():
     with pytest.raises(AdapterError, match="^`name` must be an adapter of the model, but is 'c'"):
         parameter_groups(adapted("a"), "c", lr=1.0)
+
+
+# -- what trains
+
+
+def host(frozen: int = 0) -> nn.ModuleDict:
+    """Two linear layers and a norm; the bits of `frozen` say which parameters don't train."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"x": nn.Linear(2, 2), "n": nn.LayerNorm(2), "y": nn.Linear(2, 2)})
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(not frozen >> i & 1)
+    return model
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def state(model: nn.Module) -> object:
+    """Every flag and gradient, and what eject is to make of the flags."""
+    grads = {n: None if p.grad is None else id(p.grad) for n, p in model.named_parameters()}
+    return flags(model), grads, [vars(m).get(FROZEN) for m in model.modules()]
+
+
+def come(model: nn.Module, name: str, targets: str, freeze: bool) -> None:
+    inject(model, rank=1, name=name, targets=targets, freeze=freeze)
+
+
+def by_hand(model: nn.Module, names: set[str]) -> None:
+    """What `trainable` should do to the flags, for any of `names` that are there."""
+    for key, p in model.named_parameters():
+        if "lora_" in key:
+            p.requires_grad_(key.rpartition("_")[2] in names)
+
+
+NAMES = st.sets(st.sampled_from("abc"), min_size=1)
+COMINGS = st.tuples(st.sampled_from(["*", "x", "y"]), st.booleans())
+STEPS = st.one_of(st.tuples(st.sampled_from("abc"), COMINGS), st.tuples(st.just("train"), NAMES))
+
+
+def there(model: nn.Module) -> set[str]:
+    return {n for m in model.modules() if isinstance(m, LoRAMixin) for n in m.lora_configs}
+
+
+@given(st.integers(0, 63), st.lists(STEPS, min_size=3, max_size=10))
+@settings(max_examples=200, deadline=None)
+def test_after_an_eject_every_flag_is_as_if_that_adapter_had_never_come(frozen, steps):
+    model, past = host(frozen), []
+    for what, wish in steps:
+        if what == "train":
+            names = wish & there(model)
+            if not names:
+                continue
+            trainable(model, *names)
+            past.append((what, names))
+        elif what in there(model):
+            eject(model, what)
+            past = [(w, v - {what}) if w == "train" else (w, v) for w, v in past if w != what]
+        else:
+            come(model, what, *wish)
+            past.append((what, wish))
+        replayed = host(frozen)
+        for w, v in past:
+            if w == "train":
+                by_hand(replayed, v)
+            else:
+                come(replayed, w, *v)
+        assert flags(model) == flags(replayed)
+    if there(model):
+        eject(model)
+    assert flags(model) == flags(host(frozen))
+    assert not any(FROZEN in vars(m) for m in model.modules())
+
+
+ARRIVALS = st.dictionaries(st.sampled_from("abc"), COMINGS, min_size=1)
+
+
+def arrived(frozen: int, arrivals: dict[str, tuple[str, bool]]) -> nn.Module:
+    model = host(frozen)
+    for name, wish in arrivals.items():
+        come(model, name, *wish)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    return model
+
+
+@given(st.integers(0, 63), ARRIVALS, st.data())
+def test_blocks_restore_what_they_found(frozen, arrivals, data):
+    model = arrived(frozen, arrivals)
+    before = state(model)
+    subsets = st.sets(st.sampled_from(sorted(arrivals)), min_size=1)
+    outer, inner, last = (data.draw(subsets) for _ in range(3))
+
+    def chosen() -> set[str]:
+        return {n.rpartition("_")[2] for n, flag in flags(model).items() if flag and "lora_" in n}
+
+    with pytest.raises(ZeroDivisionError), trainable(model, *outer):
+        assert chosen() == outer
+        within = state(model)
+        with trainable(model, *inner):
+            assert chosen() == inner
+            trainable(model, *last)
+            assert chosen() == last
+            for p in parameters(model):
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+        assert flags(model) == within[0]
+        assert state(model)[2] == within[2]
+        raise ZeroDivisionError
+    found = state(model)
+    assert (found[0], found[2]) == (before[0], before[2])
+    # gradients of what was frozen for a while are back, and none is left on what is frozen
+    rested = [n for n in before[1] if "lora_" in n and n.rpartition("_")[2] not in outer]
+    assert all(found[1][n] == before[1][n] for n in rested)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    eject(model)
+    assert flags(model) == flags(host(frozen))
+
+
+@given(st.integers(0, 63), ARRIVALS, st.data())
+def test_adapters_that_leave_inside_a_block_leave_what_they_would_have_left(frozen, arrivals, data):
+    model, twin = arrived(frozen, arrivals), arrived(frozen, arrivals)
+    some = st.sampled_from(sorted(arrivals))
+    leaving = data.draw(st.lists(some, unique=True, min_size=1))
+    with trainable(model, *data.draw(st.sets(some, min_size=1))):
+        for name in leaving:
+            eject(model, name)
+    for name in leaving:
+        eject(twin, name)
+    assert flags(model) == flags(twin)
+    if there(model):
+        eject(model)
+    assert flags(model) == flags(host(frozen))
+
+
+@given(st.integers(0, 63), ARRIVALS, COMINGS, st.data())
+def test_an_adapter_that_comes_inside_a_block_leaves_what_the_block_found(
+    frozen, arrivals, coming, data
+):
+    model = arrived(frozen, arrivals)
+    before = flags(model)
+    with trainable(model, *data.draw(st.sets(st.sampled_from(sorted(arrivals)), min_size=1))):
+        come(model, "new", *coming)
+    eject(model, "new")
+    assert flags(model) == before
+    eject(model)
+    assert flags(model) == flags(host(frozen))
+
+
+def test_active_and_trainable_are_separate_facts():
+    model = adapted("a", "b")
+    scales(model, a=0.5)
+    receipt = trainable(model, "b")
+    assert [(a.active, a.trainable) for a in summary(model).adapters] == [
+        (True, False),
+        (False, True),
+    ]
+    assert (receipt.adapters, receipt.frozen) == (("b",), ("a",))
+    assert receipt.parameters == summary(model).adapters[1].parameters == 2 * (7 + 8 + 6)
+    assert repr(receipt) == "trainable 'b': 42 parameters; frozen: 'a'"
+    scales(model, a=1.0, b=1.0)
+    model(torch.ones(5, 3).double()).sum().backward()
+    assert all((p.grad is None) is (p in set(parameters(model, "a"))) for p in parameters(model))
+
+
+def test_what_stops_training_drops_its_gradient_and_an_optimiser_leaves_it_alone():
+    model = adapted("a", "b")
+    optimizer = torch.optim.SGD(parameters(model), lr=0.25)
+    model(torch.ones(5, 3).double()).sum().backward()
+    before = [p.detach().clone() for p in parameters(model, "a")]
+    trainable(model, "b")
+    optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(parameters(model, "a"), before, strict=True))
+    assert all(p.grad is not None for p in parameters(model, "b"))
+
+
+def test_unknown_names_are_refused_and_change_nothing():
+    model = adapted("a", "b")
+    before = state(model)
+    message = "`trainable` must name adapters of the model, but got 'c'; it has 'a', 'b'."
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        trainable(model, "a", "c")
+    message = (
+        "`trainable` must be given an adapter, but got none. Write `trainable(model, 'a')`; where"
+        " none is to train, use `model.requires_grad_(False)`."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        trainable(model)
+    assert state(model) == before
+
+
+def test_a_block_is_entered_once():
+    block = trainable(adapted("a"), "a")
+    with block:
+        pass
+    message = (
+        "A `trainable` block must be entered once, but this one is over and what it found is put"
+        " back. Call `trainable(model, ...)` again."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"), block:
+        pass
+
+
+def test_a_failure_at_any_layer_leaves_every_flag_as_it_was(monkeypatch):
+    model = adapted("a", "b")
+    before, choose, calls = state(model), _training._choose, []
+
+    def failing(layer, names):
+        calls.append(layer)
+        choose(layer, names)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(_training, "_choose", failing)
+    with pytest.raises(ZeroDivisionError):
+        trainable(model, "a")
+    assert state(model) == before
