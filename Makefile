@@ -55,10 +55,12 @@ coverage: $(VENV)/.dev  ## branch coverage of the last `make test`
 
 bench: $(VENV)/.bench  ## adapted layers against the frozen layer and other libraries, on one CPU thread
 	$(BIN)/python -m benchmarks.fused --json build/fused-cpu.json --plot build/fused.png
+	$(BIN)/python -m benchmarks.lifecycle --json build/lifecycle.json
 
 bench-smoke: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.parameter_count --ranks 1 4
 	$(BIN)/python -m benchmarks.fused --quick --without-peers
+	$(BIN)/python -m benchmarks.lifecycle --quick --without-peers
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache lora-core-demo

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,13 +76,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # a storage that none of the arguments has is new: it can't have the address of a live one
         known = {_storage(t) for t in _tensors((args, kwargs))}
         result = func(*args, **kwargs)
-        made = {_storage(t): t.untyped_storage().nbytes() for t in _tensors(result)}
-        new = [nbytes for storage, nbytes in made.items() if storage not in known]
-        self.nbytes += sum(new)
+        made = {_storage(t): t.untyped_storage() for t in _tensors(result)}
+        new = [storage for key, storage in made.items() if key not in known]
+        for storage in new:
+            self.made(storage)
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         if writes or packet in _READS or (new and packet not in _BARE):
             self.kernels.append(packet.__name__)
         return result
+
+    def made(self, storage: UntypedStorage) -> None:
+        """Takes note of a storage that came into being."""
+        self.nbytes += storage.nbytes()
 
 
 def work(fn: Callable[[], object]) -> Work:
@@ -97,6 +103,36 @@ def work(fn: Callable[[], object]) -> Work:
     with _Recorder() as recorder:
         fn()
     return Work(tuple(recorder.kernels), recorder.nbytes)
+
+
+class _Peak(_Recorder):  # type: ignore[no-untyped-call]
+    """Knows besides which of the new storages are alive after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[tuple[Any, int]] = []
+        self.peak = 0
+
+    def made(self, storage: UntypedStorage) -> None:
+        weak: Any = StorageWeakRef  # untyped
+        self.alive = [(ref, n) for ref, n in self.alive if not ref.expired()]
+        self.alive.append((weak(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(n for _, n in self.alive))
+
+
+def peak_bytes(fn: Callable[[], object]) -> int:
+    """Bytes of new storages that are alive at once at most, as seen after each operation.
+
+    What an operation makes and frees inside itself is not seen.
+
+    Example:
+        >>> x = torch.ones(4)
+        >>> peak_bytes(lambda: [(x + 1).sum().item(), (x * 2 + 1).sum().item()])
+        32
+    """
+    with _Peak() as recorder:
+        fn()
+    return int(recorder.peak)
 
 
 def saved_bytes(fn: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:

@@ -11,15 +11,21 @@ from pathlib import Path
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-def add_outputs(parser: argparse.ArgumentParser, results: str, picture: str) -> None:
-    """Adds ``--json`` and ``--plot``, in place; both are refused where nothing could be written."""
+def add_outputs(parser: argparse.ArgumentParser, results: str, picture: str | None = None) -> None:
+    """Adds ``--json``, and ``--plot`` for a `picture`, in place.
+
+    Both are refused where nothing could be written.
+    """
     parser.add_argument(
         "--json",
         type=_results,
         metavar="PATH",
         help=f"write the {results} here; - prints them, and no table",
     )
-    parser.add_argument("--plot", type=_picture, metavar="PATH", help=f"draw the {picture} as PNG")
+    if picture is not None:
+        parser.add_argument(
+            "--plot", type=_picture, metavar="PATH", help=f"draw the {picture} as PNG"
+        )
 
 
 def write_json(data: object, where: str, indent: int) -> None:

@@ -12,7 +12,8 @@ from lora_core._errors import MergeError, listed
 from lora_core._layers import LoRAMixin, Merged, non_finite
 from lora_core._reports import MergeReport
 
-_SAMPLED_ROWS = 64
+_SAMPLED_ROWS = 16
+_CHECKED_TOGETHER = 8  # adapters of a layer
 
 
 def merge(
@@ -181,13 +182,14 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 def _check_factors(layers: dict[str, LoRAMixin]) -> None:
     """Refuses non-finite factors and strengths: cheap, and before any large product."""
-    bad = non_finite(
-        {
-            f"{name}.{adapter}": layer.factors(adapter)
-            for name, layer in layers.items()
-            for adapter in layer.lora_selection.names
-        }
-    )
+    factors = [
+        (f"{name}.{adapter}", layer.factors(adapter))
+        for name, layer in layers.items()
+        for adapter in layer.lora_selection.names
+    ]
+    # some at a time: the check copies them, and all together may be larger than a weight
+    few = range(0, len(factors), _CHECKED_TOGETHER)
+    bad = [n for i in few for n in non_finite(dict(factors[i : i + _CHECKED_TOGETHER]))]
     if bad:
         raise MergeError(
             f"An adapter must be finite to be merged, but {listed(bad)} holds NaN or infinity."
@@ -196,16 +198,53 @@ def _check_factors(layers: dict[str, LoRAMixin]) -> None:
 
 
 def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, float]:
-    delta = layer.delta()
-    new = functional.merged_weight(layer.weight, delta)
-    if not bool(new.isfinite().all()):
+    weight, linear = layer.weight, _linear_in_weight(layer)
+    if _sums_in_product(layer):
+        lora_A, lora_B, asked = _scaled(layer)
+        new = torch.addmm(weight, lora_B, lora_A)
+    else:
+        delta = layer.delta()
+        asked, new = _sampled(delta).double(), functional.merged_weight(weight, delta)
+    if not _is_finite(new):
         raise MergeError(
             f"A merged weight must be finite, but that of {name!r} overflows {new.dtype} or its"
             " base is not finite. Nothing was changed; use a smaller strength or a wider dtype."
         )
-    if not _linear_in_weight(layer):
-        return _probed(name, layer, new, delta), _lost(layer.weight, new, delta)
-    return new, _lost(layer.weight, new, delta)
+    if not linear:
+        new = _probed(name, layer, new, delta)
+    return new, _lost(_sampled(weight).double(), new, asked)
+
+
+def _sums_in_product(layer: LoRAMixin) -> bool:
+    """Whether the matrix product itself may add to the weight: the update is never written."""
+    weight = layer.weight
+    return (
+        _linear_in_weight(layer)
+        and not layer.transposed
+        and type(weight) is nn.Parameter
+        and weight.dtype in (torch.float32, torch.float64)  # the product's own rounding is theirs
+        and weight.is_contiguous()
+        and not weight.is_inference()  # which has no version to tell by
+    )
+
+
+def _scaled(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
+    """The stacked lora_A, the stacked and scaled lora_B, and a sample of their product."""
+    lora_A, lora_B, gain = (f.detach().to(layer.weight.dtype) for f in _stacked(layer))
+    lora_B = lora_B * gain
+    return lora_A, lora_B, _sampled(lora_B).double() @ lora_A.double()
+
+
+def _stacked(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
+    selection = layer.lora_selection
+    return functional.stack_factors(
+        [(*layer.factors(n), g) for n, g in zip(selection.names, selection.gains, strict=True)]
+    )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all are finite, in one pass and without a mask of their size."""
+    return not values.numel() or all(bool(v.isfinite()) for v in values.aminmax())
 
 
 def _linear_in_weight(layer: LoRAMixin) -> bool:
@@ -249,10 +288,13 @@ def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
     return new
 
 
-def _lost(old: Tensor, new: Tensor, delta: Tensor) -> float:
-    rows = slice(None, None, -(-len(old) // _SAMPLED_ROWS))
-    asked = delta[rows].double()
-    arrived = new[rows].double() - old[rows].double()
+def _sampled(values: Tensor) -> Tensor:
+    return values[:: -(-len(values) // _SAMPLED_ROWS) or 1]
+
+
+def _lost(old: Tensor, new: Tensor, asked: Tensor) -> float:
+    """The share of an update that rounding lost; `old` and `asked` are samples of theirs."""
+    arrived = _sampled(new).double() - old
     norm = asked.norm()
     return float((asked - arrived).norm() / norm) if norm > 0 else 0.0
 
@@ -289,8 +331,11 @@ def _merge_in_place(
             _new_weight(name, layer)
     loss = {}
     for name, layer in layers.items():
-        new, loss[name] = _new_weight(name, layer)
         state = Merged(_chosen(layer), None)
+        if _sums_in_product(layer):
+            loss[name] = _add_in_place(layer, state)
+            continue
+        new, loss[name] = _new_weight(name, layer)
         try:
             layer.weight.copy_(new)
             layer.lora_merged = state
@@ -301,19 +346,29 @@ def _merge_in_place(
     return loss
 
 
+def _add_in_place(layer: LoRAMixin, state: Merged) -> float:
+    lora_A, lora_B, asked = _scaled(layer)
+    weight = layer.weight
+    old, version = _sampled(weight).to(torch.float64, copy=True), weight._version
+    try:
+        weight.addmm_(lora_B, lora_A)
+        layer.lora_merged = state
+    except BaseException:  # an interrupt may come before the note, but not amid the product
+        if weight._version != version:
+            layer.lora_merged = state
+        raise
+    return _lost(old, weight, asked)
+
+
 def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
     """Raises where a merged weight would not be finite, mostly without computing it.
 
-    By Cauchy-Schwarz no entry of the update exceeds the largest row norm of its B times the
-    largest column norm of its A.
+    By Cauchy-Schwarz no entry of the update exceeds the norm of its B times that of its A.
     """
-    selection = layer.lora_selection
-    stacked = functional.stack_factors(
-        [(*layer.factors(n), g) for n, g in zip(selection.names, selection.gains, strict=True)]
-    )
-    lora_A, lora_B, gain = (t.double() for t in stacked)
-    bound = lora_A.norm(dim=0).max() * (lora_B * gain).norm(dim=1).max()
-    largest = layer.weight.abs().max().double()
+    lora_A, lora_B, gain = _stacked(layer)
+    bound = (lora_A.double().norm() * (lora_B * gain).double().norm()).to(layer.weight.device)
+    low, high = layer.weight.aminmax()
+    largest = torch.maximum(-low, high).double()
     if not bool(largest + bound < torch.finfo(layer.weight.dtype).max / 2):
         _new_weight(name, layer)
 

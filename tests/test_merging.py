@@ -448,11 +448,12 @@ def test_an_interrupt_at_any_line_leaves_the_whole_model_before_or_after(verb: s
     assert rolled_back > 20
 
 
-def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(dtype: torch.dtype) -> None:
     at, hit = 0, True
     while hit:
         at += 1
-        model = adapted(layers=2)
+        model = adapted(dtype, layers=2)
         plain = weights(model)
         lora_core.merge(model)
         merged = weights(model)

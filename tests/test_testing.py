@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_core
-from lora_core import models
+from lora_core import _merging, models
 from lora_core.testing import LawError, check_lora, laws
 
 
@@ -87,11 +87,12 @@ def test_a_layer_without_effect_is_named() -> None:
         check_lora(model, torch.ones(2, 4), targets=["0", "1"], rank=1)
 
 
-def broken_merge(layer: lora_core.LoRALinear) -> Tensor:
-    return 2 * original_delta(layer)
+def broken_merge(layer: lora_core.LoRALinear) -> tuple[Tensor, ...]:
+    lora_A, lora_B, asked = original_factors(layer)
+    return lora_A, 2 * lora_B, asked
 
 
-original_delta = lora_core.LoRALinear.delta
+original_factors = _merging._scaled
 
 
 def then(verb: Callable[..., object], harm: Callable[[nn.Module], object]) -> Callable[..., object]:
@@ -114,8 +115,8 @@ def nudge(p: Tensor) -> None:
     ("owner", "attribute", "broken", "said"),
     [
         (
-            lora_core.LoRALinear,
-            "delta",
+            _merging,
+            "_scaled",
             broken_merge,
             "^law broken: merging keeps the function; layer '0'$",
         ),
