@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lora_core._layers import explain as explain
     from lora_core._merging import merge as merge
     from lora_core._merging import unmerge as unmerge
+    from lora_core._training import limit_norm as limit_norm
     from lora_core._training import parameter_groups as parameter_groups
     from lora_core._training import trainable as trainable
 
@@ -60,7 +61,7 @@ _ROOMS = {
     "_injection": ("eject", "inject", "plan"),
     "_layers": ("LoRALinear", "explain"),
     "_merging": ("merge", "unmerge"),
-    "_training": ("parameter_groups", "trainable"),
+    "_training": ("limit_norm", "parameter_groups", "trainable"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 _DOORS = ("functional", "models", "testing")

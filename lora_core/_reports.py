@@ -264,6 +264,37 @@ class SaveReport:
 
 
 @dataclass(frozen=True, slots=True)
+class NormReport:
+    """What `limit_norm` found, and what it scaled down.
+
+    Attributes:
+        max_norm: The limit.
+        before: By adapter and layer, the norm of the update before.
+    """
+
+    max_norm: float
+    before: Mapping[str, Mapping[str, float]]
+
+    @property
+    def limited(self) -> dict[str, tuple[str, ...]]:
+        """By adapter, the layers that were above the limit."""
+        return {
+            adapter: tuple(layer for layer, norm in norms.items() if norm > self.max_norm)
+            for adapter, norms in self.before.items()
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for adapter, norms in self.before.items():
+            above = len(self.limited[adapter])
+            lines.append(
+                f"limited {above} of {len(norms)} layers of {adapter!r} to a norm of"
+                f" {self.max_norm:g}; the largest was {max(norms.values()):g}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
 class MergeReport:
     """What `merge` added to the weights, or what `unmerge` gave back.
 

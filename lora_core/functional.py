@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_core.kernels import Plan, dropped, route, run
 
 __all__ = [
+    "delta_norm",
     "dora_linear",
     "dora_norm",
     "fused_lora_linear",
@@ -348,6 +349,27 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, gain: Tensor | float = 1.0) -> Te
     """
     dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
     return (lora_B.to(dtype) * gain) @ lora_A.to(dtype)
+
+
+def delta_norm(lora_A: Tensor, lora_B: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """The Frobenius norm of `lora_delta`, without forming it.
+
+    ``sqrt(trace((B.T @ B) @ (A @ A.T)))`` with the gain in B: nothing larger than a factor is made.
+    Summed in float64, because the trace cancels where the factors are nearly at right angles.
+
+    Shape:
+        - lora_A: ``(R, in)``; lora_B: ``(out, R)``; gain: a scalar or ``(R,)``
+        - Output: a scalar, float64
+
+    Example:
+        >>> delta_norm(torch.ones(2, 3), torch.ones(3, 2)).item()
+        6.0
+    """
+    with torch.autocast(lora_A.device.type, enabled=False):
+        A, B = lora_A.double(), lora_B.double() * gain
+        total = ((B.T @ B) * (A @ A.T)).sum()
+    zero = total <= 0  # where a square root has no gradient; NaN stays NaN
+    return torch.where(zero, 1, total).sqrt() * ~zero
 
 
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from lora_core import functional
 from lora_core.functional import (
+    delta_norm,
     lora_delta,
     lora_linear,
     lora_update,
@@ -316,8 +317,36 @@ def test_the_merged_weight_computes_what_the_update_did(lead, i, o, rank, scale)
     assert_close(got, lora_linear(x, W, b, A, B, scale), atol=1e-12, rtol=1e-12)
 
 
+@given(SIZES, SIZES, st.integers(1, 3), SCALES)
+def test_the_norm_of_an_update_is_that_of_its_dense_form(i, o, rank, scale):
+    A, B = factors(i, o, rank)
+    dense = torch.linalg.matrix_norm(lora_delta(A, B, scale))
+    assert_close(delta_norm(A, B, scale), dense, atol=1e-7, rtol=1e-12)
+    gains = torch.arange(1.0, rank + 1, dtype=torch.float64)
+    dense = torch.linalg.matrix_norm(lora_delta(A, B, gains))
+    assert_close(delta_norm(A, B, gains), dense, atol=1e-7, rtol=1e-12)
+
+
+def test_the_norm_of_an_update_is_right_where_its_terms_cancel():
+    A = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2**-12]])
+    B = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+    assert delta_norm(A, B).item() == 2**-12
+    assert delta_norm(A * float("nan"), B).isnan()
+
+
+def test_the_norm_has_a_gradient_at_zero_and_elsewhere_the_dense_ones():
+    A, B = (f.requires_grad_() for f in factors(4, 5, 2))
+    mine = torch.autograd.grad(delta_norm(A, B, 0.5), (A, B))
+    dense = torch.autograd.grad(torch.linalg.matrix_norm(lora_delta(A, B, 0.5)), (A, B))
+    assert_close(mine, dense)
+    zero = torch.zeros_like(B, requires_grad=True)
+    grads = torch.autograd.grad(delta_norm(A, zero), (A, zero))
+    assert all(not grad.any() for grad in grads)
+
+
 def test_the_maths_is_what_the_door_shows():
     assert set(functional.__all__) >= {
+        "delta_norm",
         "lora_delta",
         "lora_linear",
         "lora_update",

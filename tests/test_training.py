@@ -13,9 +13,12 @@ from torch.testing import assert_close
 from lora_core import (
     AdapterError,
     ConfigError,
+    MergeError,
     _training,
     eject,
     inject,
+    limit_norm,
+    merge,
     parameter_groups,
     parameters,
     scales,
@@ -23,6 +26,7 @@ from lora_core import (
     trainable,
 )
 from lora_core._layers import FROZEN, LoRAMixin
+from lora_core.functional import delta_norm, lora_delta
 from lora_core.testing.laws import train_pretend
 
 
@@ -341,3 +345,114 @@ def test_a_failure_at_any_layer_leaves_every_flag_as_it_was(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         trainable(model, "a")
     assert state(model) == before
+
+
+# -- how far an update may go
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def updates(model: nn.Module, name: str) -> list[torch.Tensor]:
+    """Each layer's dense update at strength 1, in float64."""
+    return [
+        lora_delta(*(f.detach().double() for f in m.factors(name)), m.lora_configs[name].scale)
+        for m in model
+    ]
+
+
+@given(
+    st.sampled_from(DTYPES), st.floats(2**-6, 8), st.sampled_from([-2.0, 0.5, 8.0]), st.booleans()
+)
+def test_no_update_is_above_the_limit_and_its_direction_stays(dtype, max_norm, alpha, rslora):
+    model = adapted("a", alpha=alpha, rslora=rslora, dtype=dtype)
+    before = updates(model, "a")
+    bits = [p.detach().clone() for p in parameters(model)]
+    norms = [d.norm().item() for d in before]
+    report = limit_norm(model, max_norm=max_norm)
+    eps = torch.finfo(dtype).eps
+    assert list(report.before["a"].values()) == pytest.approx(norms, rel=1e-9)
+    assert report.limited["a"] == tuple(str(i) for i, n in enumerate(norms) if n > max_norm)
+    for i, (old, new, norm) in enumerate(zip(before, updates(model, "a"), norms, strict=True)):
+        if norm > max_norm:
+            assert delta_norm(*model[i].factors("a"), model[i].lora_configs["a"].scale) <= max_norm
+            assert new.norm() <= max_norm * (1 + 1e-12)
+            assert new.norm() >= max_norm * (1 - 8 * eps)
+            assert_close(new / new.norm(), old / norm, rtol=0, atol=8 * eps)
+            # both factors shrank alike
+            for p, b in zip(model[i].factors("a"), bits[2 * i :], strict=False):
+                share = (p.detach().norm() / b.norm()).item()
+                assert share == pytest.approx((max_norm / norm) ** 0.5, rel=8 * eps)
+        else:
+            assert all(map(torch.equal, model[i].factors("a"), bits[2 * i : 2 * i + 2]))
+    # within the limit now, a second call changes no bit
+    bits = [p.detach().clone() for p in parameters(model)]
+    assert limit_norm(model, max_norm=max_norm).limited == {"a": ()}
+    assert all(map(torch.equal, parameters(model), bits))
+
+
+def test_only_the_adapter_named_is_limited_and_strengths_do_not_count():
+    model = adapted("a", "b")
+    scales(model, a=100.0, b=0.0)
+    norms = [d.norm().item() for d in updates(model, "b")]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    report = limit_norm(model, "b", max_norm=0.75 * min(norms))
+    assert list(report.before) == ["b"]
+    assert report.limited == {"b": ("0", "1", "2")}
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if n.endswith("_b")}
+    assert all(p.requires_grad for p in parameters(model))
+    both = limit_norm(model, max_norm=2.0**-8)
+    assert both.limited == {"a": ("0", "1", "2"), "b": ("0", "1", "2")}
+    largest = max(both.before["a"].values())
+    assert str(both).splitlines()[0] == (
+        f"limited 3 of 3 layers of 'a' to a norm of 0.00390625; the largest was {largest:g}"
+    )
+
+
+def test_a_backward_through_a_forward_before_the_limit_raises():
+    model = adapted("a")
+    loss = model(torch.ones(5, 3).double()).sum()
+    limit_norm(model, max_norm=2.0**-8)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_without_a_finite_norm_is_refused_and_no_bit_changes(value):
+    model = adapted("a")
+    with torch.no_grad():
+        model[2].lora_A_a[0, 0] = value
+    before = [p.detach().clone() for p in parameters(model)]
+    message = (
+        "An update must have a finite norm to be limited, but that of '2.a' has none. Go back to"
+        " an earlier state; lower the learning rate."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        limit_norm(model, max_norm=2.0**-8)
+    assert_close(parameters(model), before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_merged_update_is_not_limited():
+    model = adapted("a").eval()
+    merge(model)
+    message = (
+        "A norm must be limited while unmerged, but '0', '1', '2' is merged."
+        " Call `unmerge(model)` first."
+    )
+    with pytest.raises(MergeError, match=f"^{re.escape(message)}$"):
+        limit_norm(model, max_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (0, "`max_norm` must be above 0, but is 0."),
+        (-1.0, "`max_norm` must be above 0, but is -1.0."),
+        (float("inf"), "`max_norm` must be a finite number, but is inf."),
+    ],
+)
+def test_a_limit_out_of_range_is_refused(limit, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        limit_norm(adapted("a"), max_norm=limit)
+    with pytest.raises(AdapterError, match="^`name` must be an adapter of the model, but is 'c'"):
+        limit_norm(adapted("a"), "c", max_norm=1.0)
