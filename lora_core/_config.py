@@ -72,6 +72,14 @@ def check_finite(what: str, value: object) -> float:
     return number
 
 
+def check_positive(what: str, value: object) -> float:
+    """Returns `value` as a float if it is finite and above 0."""
+    number = check_finite(what, value)
+    if number <= 0:
+        raise ConfigError(f"`{what}` must be above 0, but is {value!r}.")
+    return number
+
+
 def check_dropout(dropout: object) -> float:
     """Returns `dropout` as a float if it lies in [0, 1)."""
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:

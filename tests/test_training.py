@@ -14,7 +14,6 @@ from lora_core import (
     AdapterError,
     ConfigError,
     MergeError,
-    _training,
     eject,
     inject,
     limit_norm,
@@ -26,6 +25,7 @@ from lora_core import (
     trainable,
 )
 from lora_core._layers import FROZEN, LoRAMixin
+from lora_core._training import choosing
 from lora_core.functional import delta_norm, lora_delta
 from lora_core.testing.laws import train_pretend
 
@@ -333,7 +333,7 @@ def test_a_block_is_entered_once():
 
 def test_a_failure_at_any_layer_leaves_every_flag_as_it_was(monkeypatch):
     model = adapted("a", "b")
-    before, choose, calls = state(model), _training._choose, []
+    before, choose, calls = state(model), choosing._choose, []
 
     def failing(layer, names):
         calls.append(layer)
@@ -341,7 +341,7 @@ def test_a_failure_at_any_layer_leaves_every_flag_as_it_was(monkeypatch):
         if len(calls) == 2:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(_training, "_choose", failing)
+    monkeypatch.setattr(choosing, "_choose", failing)
     with pytest.raises(ZeroDivisionError):
         trainable(model, "a")
     assert state(model) == before

@@ -1,156 +1,16 @@
-"""What trains, how fast, and how far it may go: the adapters as an optimiser meets them."""
+"""Choosing which adapters train, apart from which are active."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
-from lora_core import functional
-from lora_core._adapters import adapter_names, layers_with, parameters
-from lora_core._config import check_finite
-from lora_core._errors import AdapterError, ConfigError, MergeError, listed
+from lora_core._adapters import adapter_names, layers_with
+from lora_core._errors import AdapterError, ConfigError, listed
 from lora_core._layers import FROZEN, LoRAMixin
-from lora_core._reports import NormReport, count
-
-
-def parameter_groups(
-    model: nn.Module,
-    name: str | None = None,
-    *,
-    lr: float,
-    lr_ratio: float = 16.0,
-    weight_decay: float = 0.0,
-) -> list[dict[str, Any]]:
-    """Groups for an optimiser in which `lora_B` learns faster than `lora_A`, as LoRA+ has it.
-
-    Only factors that train now are in them, each Parameter once. Both kinds are matrices and get
-    `weight_decay`; a parameter of one dimension would get none, and an adapter has none.
-
-    Args:
-        model: A model with adapters.
-        name: The adapter; None means all.
-        lr: The learning rate of `lora_A`.
-        lr_ratio: How many times that `lora_B` gets.
-        weight_decay: The decay of both.
-
-    Returns:
-        Two groups, `lora_A` before `lora_B`; one of them alone where nothing else trains.
-
-    Raises:
-        AdapterError: If there is no such adapter, or none at all.
-        ConfigError: If a number is out of range, or no factor trains.
-        UnsupportedLayerError: As `parameters` does.
-
-    Reference:
-        Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
-
-    Example:
-        >>> import torch
-        >>> from lora_core import LoRALinear
-        >>> groups = parameter_groups(LoRALinear(nn.Linear(3, 5), rank=2), lr=0.25)
-        >>> [group["lr"] for group in torch.optim.AdamW(groups).param_groups]
-        [0.25, 4.0]
-    """
-    slow = _positive("lr", lr)
-    fast = _positive("lr * lr_ratio", slow * _positive("lr_ratio", lr_ratio))
-    if check_finite("weight_decay", weight_decay) < 0:
-        raise ConfigError(f"`weight_decay` must be at least 0, but is {weight_decay!r}.")
-    factors = parameters(model, name)
-    groups: list[dict[str, Any]] = []
-    for kind, rate in ((factors[0::2], slow), (factors[1::2], fast)):  # lora_A, lora_B
-        training = list(dict.fromkeys(p for p in kind if p.requires_grad))
-        if training:
-            groups.append({"params": training, "lr": rate, "weight_decay": float(weight_decay)})
-    if not groups:
-        raise ConfigError(
-            f"An adapter must train to be optimised, but all {len(factors)} factors of"
-            f" {'the model' if name is None else repr(name)} are frozen."
-            " Call `trainable(model, ...)` with those that are to train."
-        )
-    return groups
-
-
-def limit_norm(model: nn.Module, name: str | None = None, *, max_norm: float) -> NormReport:
-    """Scales factors down, in place, until no layer's update has a norm above `max_norm`.
-
-    The norm is that of the whole update at strength 1, ``scale * lora_B @ lora_A``, by Frobenius;
-    each adapter counts by itself, frozen or not. Both factors shrink by the same share, so the
-    update keeps its direction up to the rounding of the factors; what is within the limit keeps
-    its bits. Call it after each step of an optimiser. A call that is refused changes nothing.
-
-    Args:
-        model: A model with adapters.
-        name: The adapter; None means all.
-        max_norm: The limit.
-
-    Raises:
-        AdapterError: If there is no such adapter, or none at all.
-        ConfigError: If `max_norm` is not above 0, or a norm is not finite.
-        MergeError: If a layer is merged: its weight holds the update as it was.
-
-    Reference:
-        kohya-ss/sd-scripts, option `scale_weight_norms`.
-
-    Example:
-        >>> import torch
-        >>> from lora_core import LoRALinear
-        >>> layer = LoRALinear(nn.Linear(3, 4), rank=2, name="style")
-        >>> with torch.no_grad():
-        ...     _ = layer.lora_A_style.fill_(1), layer.lora_B_style.fill_(4)
-        >>> limit_norm(layer, max_norm=1.0).limited
-        {'style': ('',)}
-        >>> limit_norm(layer, max_norm=1.0).limited
-        {'style': ()}
-    """
-    limit = _positive("max_norm", max_norm)
-    layers = layers_with(model, name)
-    merged = [n for n, m in layers.items() if m.lora_merged is not None]
-    if merged:
-        raise MergeError(
-            f"A norm must be limited while unmerged, but {listed(merged)} is merged."
-            " Call `unmerge(model)` first."
-        )
-    names = adapter_names(layers) if name is None else [name]
-    found = {
-        (adapter, n): (*layer.factors(adapter), layer.lora_configs[adapter].scale)
-        for adapter in names
-        for n, layer in layers.items()
-        if adapter in layer.lora_configs
-    }
-    with torch.no_grad():
-        norms = {key: float(functional.delta_norm(*update)) for key, update in found.items()}
-        bad = [f"{n}.{a}".lstrip(".") for (a, n), norm in norms.items() if not math.isfinite(norm)]
-        if bad:
-            raise ConfigError(
-                f"An update must have a finite norm to be limited, but that of {listed(bad)} has"
-                " none. Go back to an earlier state; lower the learning rate."
-            )
-        small = {
-            key: _shrunk(*found[key], norm, limit) for key, norm in norms.items() if norm > limit
-        }
-        for key, factors in small.items():
-            for factor, values in zip(found[key][:2], factors, strict=True):
-                factor.copy_(values)
-    before = {a: {n: norms[a, n] for n in layers if (a, n) in norms} for a in names}
-    return NormReport(limit, before)
-
-
-def _shrunk(
-    lora_A: Tensor, lora_B: Tensor, scale: float, norm: float, limit: float
-) -> tuple[Tensor, Tensor]:
-    """These factors at the limit, or as little below as their dtype allows."""
-    margin = 0.0
-    while True:
-        root = math.sqrt(limit / norm * (1 - margin))
-        small = lora_A * root, lora_B * root
-        if functional.delta_norm(*small, scale) <= limit:
-            return small
-        # rounding left it a trifle above
-        margin = min(2 * margin or torch.finfo(lora_A.dtype).eps / 4, 1.0)
+from lora_core._reports import count
 
 
 class _Found(NamedTuple):
@@ -324,10 +184,3 @@ def _set(parameter: nn.Parameter, flag: bool, grad: Tensor | None) -> None:
     if parameter.requires_grad is not flag:
         parameter.requires_grad_(flag)
         parameter.grad = grad
-
-
-def _positive(what: str, value: float) -> float:
-    number = check_finite(what, value)
-    if number <= 0:
-        raise ConfigError(f"`{what}` must be above 0, but is {value!r}.")
-    return number

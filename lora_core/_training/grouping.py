@@ -1,0 +1,66 @@
+"""Groups of factors for an optimiser."""
+
+from typing import Any
+
+from torch import nn
+
+from lora_core._adapters import parameters
+from lora_core._config import check_finite, check_positive
+from lora_core._errors import ConfigError
+
+
+def parameter_groups(
+    model: nn.Module,
+    name: str | None = None,
+    *,
+    lr: float,
+    lr_ratio: float = 16.0,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser in which `lora_B` learns faster than `lora_A`, as LoRA+ has it.
+
+    Only factors that train now are in them, each Parameter once. Both kinds are matrices and get
+    `weight_decay`; a parameter of one dimension would get none, and an adapter has none.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter; None means all.
+        lr: The learning rate of `lora_A`.
+        lr_ratio: How many times that `lora_B` gets.
+        weight_decay: The decay of both.
+
+    Returns:
+        Two groups, `lora_A` before `lora_B`; one of them alone where nothing else trains.
+
+    Raises:
+        AdapterError: If there is no such adapter, or none at all.
+        ConfigError: If a number is out of range, or no factor trains.
+        UnsupportedLayerError: As `parameters` does.
+
+    Reference:
+        Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
+
+    Example:
+        >>> import torch
+        >>> from lora_core import LoRALinear
+        >>> groups = parameter_groups(LoRALinear(nn.Linear(3, 5), rank=2), lr=0.25)
+        >>> [group["lr"] for group in torch.optim.AdamW(groups).param_groups]
+        [0.25, 4.0]
+    """
+    slow = check_positive("lr", lr)
+    fast = check_positive("lr * lr_ratio", slow * check_positive("lr_ratio", lr_ratio))
+    if check_finite("weight_decay", weight_decay) < 0:
+        raise ConfigError(f"`weight_decay` must be at least 0, but is {weight_decay!r}.")
+    factors = parameters(model, name)
+    groups: list[dict[str, Any]] = []
+    for kind, rate in ((factors[0::2], slow), (factors[1::2], fast)):  # lora_A, lora_B
+        training = list(dict.fromkeys(p for p in kind if p.requires_grad))
+        if training:
+            groups.append({"params": training, "lr": rate, "weight_decay": float(weight_decay)})
+    if not groups:
+        raise ConfigError(
+            f"An adapter must train to be optimised, but all {len(factors)} factors of"
+            f" {'the model' if name is None else repr(name)} are frozen."
+            " Call `trainable(model, ...)` with those that are to train."
+        )
+    return groups
