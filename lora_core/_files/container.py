@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,21 +65,27 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file: equal for equal content, whatever the order of the keys."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, t in sorted(tensors.items()):
-        groups.setdefault(str(t.dtype), {})[name] = t.detach().cpu().reshape(-1)
+        flat = t.detach().reshape(-1)
+        groups.setdefault(str(t.dtype), {})[name] = flat if flat.is_cpu else flat.cpu()
     # a tensor per dtype: safetensors takes as long for a small tensor as for a large one
     plain = safetensors.torch.save(
         {dtype: torch.cat(list(group.values())) for dtype, group in groups.items()}
     )
     (size,) = struct.unpack("<Q", plain[:8])
     # safetensors itself writes metadata in random order
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    about = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False)
+    # text rather than a tree for `json.dumps`: thousands of small objects cost the collector dear
+    entries = [f'"__metadata__":{about}']
     for dtype, whole in json.loads(plain[8 : 8 + size]).items():
-        end = whole["data_offsets"][0]
+        kind, end = whole["dtype"], whole["data_offsets"][0]
         for name, t in groups[dtype].items():
             start, end = end, end + t.numel() * t.element_size()
-            shape = list(tensors[name].shape)
-            header[name] = {"dtype": whole["dtype"], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            shape = ",".join(map(str, tensors[name].shape))
+            entries.append(
+                f'{encode_basestring(name)}:{{"dtype":"{kind}","shape":[{shape}],'
+                f'"data_offsets":[{start},{end}]}}'
+            )
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _MAX_HEADER or len(tensors) > _MAX_TENSORS:
         raise ConfigError(
