@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from lora_core._config import check_finite
+from lora_core._config import AdapterConfig, check_finite
 from lora_core._errors import (
     AdapterError,
     ConfigError,
@@ -149,12 +149,13 @@ class _Found(NamedTuple):
 
     Attributes:
         selection: What was selected.
-        adapters: The adapters there were.
+        adapters: The adapters there were, known by their settings' identity: one that left and
+            another that came under its name are two.
         hides: Whether the scope needs merged values hidden.
     """
 
     selection: Selection
-    adapters: frozenset[str]
+    adapters: Mapping[str, AdapterConfig]
     hides: bool
 
 
@@ -174,7 +175,7 @@ class _Scope:
         with _LOCK:
             for layer in layers:
                 hidden = hides and layer.lora_merged is not None
-                found = _Found(layer.lora_selection, frozenset(layer.lora_configs), hidden)
+                found = _Found(layer.lora_selection, dict(layer.lora_configs), hidden)
                 others = _scopes(layer)
                 self._found[layer] = found
                 _SCOPES[layer] = [weakref.ref(scope) for scope in [*others, self]]
@@ -241,14 +242,16 @@ def _restored(layer: LoRAMixin, found: _Found, now: Selection) -> Selection:
 
     Adapters that came in the meantime stay as active as they are `now`.
     """
-    chosen = dict(zip(*now[:2], strict=True))
-    new = {name: s for name, s in chosen.items() if name not in found.adapters}
-    intact = not new and all(
-        name in layer.lora_configs and gain.device == layer.weight.device
-        for name, gain in zip(found.selection.names, found.selection.gains, strict=True)
-    )
-    old = dict(zip(*found.selection[:2], strict=True))
-    return found.selection if intact else layer.select({**old, **new})
+    names, strengths, gains = found.selection
+    here = {n for n, c in layer.lora_configs.items() if found.adapters.get(n) is c}
+    new = {name: s for name, s in zip(*now[:2], strict=True) if name not in here}
+    weight = layer.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    fit = all((gain.device, gain.dtype) == (weight.device, wide) for gain in gains)
+    if not new and fit and here.issuperset(names):
+        return found.selection
+    old = {name: s for name, s in zip(names, strengths, strict=True) if name in here}
+    return layer.select({**old, **new})
 
 
 def _hide(layer: LoRAMixin) -> None:
@@ -275,21 +278,46 @@ class Scales(_Scope, AbstractContextManager["Scales"]):
     """
 
     def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, float]) -> None:
-        super().__init__(layers.values(), entered=False, hides=False)
         self.strengths = dict(strengths)
+        self._chosen = [(layer, layer.select(self.strengths)) for layer in layers.values()]
+        self._choose(entered=False)
+
+    def _choose(self, *, entered: bool) -> None:
+        with _LOCK, ExitStack() as undo:
+            super().__init__([layer for layer, _ in self._chosen], entered=entered, hides=False)
+            undo.callback(self.undo)
+            for layer, selection in self._chosen:
+                layer.lora_selection = selection
+            undo.pop_all()
+        self._ended = False
+
+    def undo(self) -> None:
+        """Puts back what was there before."""
+        self._ended, self._chosen = True, []
+        super().undo()
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}={value:g}" for name, value in self.strengths.items())
         return f"scales({inner})"
 
     def __enter__(self) -> Self:
-        if self.over:
+        if self._ended:
             raise ConfigError(
                 "A `scales` block must be entered once, but this one is over and its strengths are"
                 " gone. Call `scales(model, ...)` again."
             )
-        self.entered = True
+        with _LOCK:
+            # an earlier block that ended in the meantime took this receipt back with it
+            if self.over:
+                self._choose(entered=True)
+            self.entered = True
         return self
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "What `scales` returns must stay with the model it was made for, but was to be copied."
+            " Copy the model alone."
+        )
 
     def __exit__(
         self,
@@ -345,14 +373,7 @@ def scales(model: nn.Module, /, **strengths: float) -> Scales:
             f"Strengths must be chosen while unmerged, but {listed(merged)} is merged."
             " Call `unmerge(model)` first, then `scales`, then `merge`."
         )
-    receipt = Scales(layers, checked)
-    chosen = [(layer, layer.select(checked)) for layer in layers.values()]
-    with ExitStack() as undo:
-        undo.callback(receipt.undo)
-        for layer, selection in chosen:
-            layer.lora_selection = selection
-        undo.pop_all()
-    return receipt
+    return Scales(layers, checked)
 
 
 @contextmanager

@@ -335,7 +335,7 @@ def dora_norm(
         if rows.numel():
             wide = W[rows].double() + B[rows].double() @ A.double()
             total = total.index_put((rows,), wide.square().sum(1).to(dtype))
-        some = total > 0  # at zero a square root has no gradient
+        some = total != 0  # at zero a square root has no gradient
         norm: Tensor = torch.where(some, total, 1).sqrt() * some
     return norm
 

@@ -1,5 +1,6 @@
 """Listing adapters, and choosing which are active and how strongly."""
 
+import copy
 import itertools
 import linecache
 import math
@@ -572,6 +573,83 @@ def test_any_legal_name_can_be_given_a_strength():
     other = LoRALinear(nn.Linear(4, 4), name="model")
     scales(other, model=0.5)
     assert other.lora_selection.strengths == (0.5,)
+
+
+def two_layers(**options) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    inject(model, rank=2, targets=nn.Linear, **options)
+    for factor in parameters(model):
+        nn.init.normal_(factor)
+    return model
+
+
+def test_an_adapter_replaced_under_its_name_inside_a_block_is_another():
+    model, x = two_layers(alpha=2).eval(), torch.randn(4, 8)
+    with disabled(model):
+        eject(model)
+        inject(model, rank=2, alpha=16, targets=nn.Linear)
+    for factor in parameters(model):
+        nn.init.normal_(factor)
+    assert float(model[0].lora_selection.gains[0]) == 8
+    apart = model(x)
+    merge(model)
+    assert_close(model(x), apart, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [disabled, lambda model: scales(model, default=0.5)])
+def test_a_change_of_dtype_inside_a_block_widens_the_gains(block):
+    model, x = two_layers().eval(), torch.randn(4, 8, dtype=torch.float64)
+    scales(model, default=0.3)
+    with block(model):
+        model.double()
+    assert model[0].lora_selection.gains[0].dtype is torch.float64
+    apart = model(x)
+    merge(model)
+    assert_close(model(x), apart, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_that_ends_between_a_receipt_and_its_block_does_not_spoil_it():
+    model = two_layers()
+    first = scales(model, default=0.5)
+    first.__enter__()
+    second = scales(model, default=0.25)
+    first.__exit__(None, None, None)
+    with second:
+        assert model[0].lora_selection.strengths == (0.25,)
+    assert model[0].lora_selection.strengths == (1.0,)
+    with pytest.raises(ConfigError, match=r"^A `scales` block must be entered once, but"), second:
+        pass
+
+
+def test_threads_in_blocks_of_their_own_leave_the_strength_they_found():
+    model, errors = two_layers(), []
+
+    def work(strength: float) -> None:
+        for _ in range(200):
+            try:
+                with scales(model, default=strength):
+                    pass
+            except Exception as error:
+                errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(s,)) for s in (0.25, 0.5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert model[0].lora_selection.strengths == (1.0,)
+
+
+def test_a_receipt_is_not_copied():
+    receipt = scales(two_layers(), default=0.5)
+    with pytest.raises(ConfigError, match=r"^What `scales` returns must stay with the model"):
+        copy.deepcopy(receipt)
 
 
 FORKED = """

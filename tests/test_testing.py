@@ -350,3 +350,33 @@ def test_the_table_of_dialects_in_the_docs_is_the_one_in_the_code() -> None:
         assert inputs == ", ".join(f"`{name}`" for name in dialect.inputs)
         assert outputs == ", ".join(f"`{name}`" for name in dialect.outputs)
         assert needs == ("whole" if dialect.whole else "place" if dialect.place else "")
+
+
+class Centred(nn.Module):
+    """Changes its input and its layer's output in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x -= x.mean(0)
+        h = self.to_q(x)
+        h += x
+        return h
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)),
+        nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)),
+        Centred(),
+    ],
+)
+def test_a_model_that_works_in_place_or_normalises_passes_and_its_inputs_stay(model) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    kept = x.clone()
+    check_lora(model, x, rank=2, targets=nn.Linear)
+    assert torch.equal(x, kept)

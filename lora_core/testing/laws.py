@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import lora_core._adapters as adapters
 from lora_core._errors import ConfigError, listed
@@ -68,7 +69,9 @@ def check_lora(
         )
 
     def run(model: nn.Module) -> list[Tensor]:
-        return _outputs(model(*inputs, **(model_kwargs or {})))
+        # a model may work in place, on its inputs too
+        args, kwargs = _copied((inputs, model_kwargs or {}))
+        return _outputs(model(*args, **kwargs))
 
     with _evaluation(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -141,7 +144,7 @@ def _check_training(
         strays = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
         _demand(not strays, "only the adapter trains", *strays)
     with torch.enable_grad(), _buffers_kept(model):
-        total = sum(out.double().square().sum() for out in run(model))
+        total = sum((out.double() * _weights(out)).sum() for out in run(model))
         _demand(isinstance(total, Tensor), "the model returns a floating tensor", "(the model)")
         factors = {n: m.factors(name) for n, m in adapters.layers_with(model, name).items()}
         flat = [f for pair in factors.values() for f in pair]
@@ -151,6 +154,19 @@ def _check_training(
         dead = [g is None or not bool(g.any()) for g in found[2 * i : 2 * i + 2]]
         _demand(not all(dead), "every adapted layer takes effect on these inputs", layer)
     _demand(names <= factors.keys(), "every reported layer is adapted", *(names - factors.keys()))
+
+
+def _weights(out: Tensor) -> Tensor:
+    """Fixed numbers for an output: its squares alone are constant where it is normalised."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
+
+
+def _copied(value: Any) -> Any:
+    """The same structure with tensors of its own."""
+    return tree_map_only(
+        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), value
+    )
 
 
 def _check_file(model: nn.Module, bare: nn.Module, run: _Run, name: str) -> None:
@@ -275,7 +291,8 @@ def _record(model: nn.Module, run: _Run, names: set[str]) -> _Calls:
 
     def hook(name: str) -> Any:
         def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.setdefault(name, []).append((args, kwargs, _outputs(output)))
+            # what comes after may work in place on any of these
+            calls.setdefault(name, []).append(_copied((args, kwargs, _outputs(output))))
 
         return note
 
