@@ -13,7 +13,16 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.composability import CELLS, NotMeasuredError
-from lora_core import LoRALinear, explain, inject, merge
+from lora_core import (
+    ConfigError,
+    LoRALinear,
+    MergeError,
+    UnsupportedLayerError,
+    disabled,
+    explain,
+    inject,
+    merge,
+)
 from lora_core.functional import fused_lora_linear
 
 
@@ -134,6 +143,31 @@ def test_a_base_that_trains_gets_its_gradient():
     assert "the base or the gain takes a gradient" in explain(module, x).why
     module(x).sum().backward()
     assert_close(module.weight.grad, x.sum(0).expand(56, 40))
+
+
+def test_explain_speaks_of_the_call_as_the_layer_would_make_it():
+    module, x = layer().eval(), torch.randn(7, 40)
+    with pytest.raises(
+        ConfigError, match=r"^`x` must have shape \(\.\.\., 40\), but has \(7, 9\)\.$"
+    ):
+        explain(module, torch.randn(7, 9))
+    with pytest.raises(
+        ConfigError, match=r"^`x` must be a floating tensor, but is torch\.int64\.$"
+    ):
+        explain(module, torch.ones(7, 40, dtype=torch.int64))
+    with pytest.raises(
+        UnsupportedLayerError, match=r"^`layer` must carry an adapter, but is a bare"
+    ):
+        explain(nn.Linear(40, 56), x)
+    with disabled(module):
+        assert str(explain(module, x)) == "frozen: no adapter is active"
+    merge(module)
+    assert str(explain(module, x)) == "frozen: the adapters are merged into the weight"
+    with disabled(module):
+        assert "`disabled` shows the base" in explain(module, x).why
+    module.train()
+    with pytest.raises(MergeError, match=r"^A layer in training mode must be unmerged"):
+        explain(module, x)
 
 
 def test_autocast_inside_a_compiled_call_computes_in_its_dtype():

@@ -751,3 +751,13 @@ def test_a_header_beyond_the_limit_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(rule)}.* and 6. Shorten the metadata.$"):
         lora_core.save(adapted(), tmp_path / "a", metadata={"note": "x" * 2**23})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_module_under_more_names_than_a_walk_notes_is_still_shared(tmp_path):
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({f"l{i}": shared for i in range(20)})
+    lora_core.inject(model, rank=2, targets=nn.Linear)
+    lora_core.save(model, tmp_path / "shared.safetensors")
+    lora_core.eject(model)
+    more = nn.ModuleDict({"first": shared, **model})
+    assert lora_core.load(more, tmp_path / "shared.safetensors").layers

@@ -304,3 +304,15 @@ def test_what_stands_above_layers_ejected_one_by_one_comes_back_with_the_whole(p
     assert portrait(model) == before
     with pytest.raises(AdapterError, match="^The model must have an adapter, but this"):
         eject(model)
+
+
+def test_what_is_left_above_a_part_ejected_by_name_goes_by_name_too():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    nested = model.use_nested_tensor
+    inject(model, rank=2, targets="linear1", name="a")
+    eject(model.layers, "a")
+    eject(model, "a")
+    assert model.use_nested_tensor is nested
+    assert not [key for module in model.modules() for key in vars(module) if "lora" in key]
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())

@@ -163,7 +163,7 @@ def load(
     candidates = walk(model)
     found, missing = _resolve(model, candidates, file, os.fspath(path), strict)
     notes = [f"not in the model: {listed(missing)}"] if missing else []
-    notes += _compare_aliases(file, found, os.fspath(path), strict)
+    notes += _compare_aliases(model, file, found, os.fspath(path), strict)
     if check_base:
         notes += _compare(file, found, os.fspath(path), strict)
     for note in notes:
@@ -282,14 +282,14 @@ def _resolve(
 
 
 def _compare_aliases(
-    file: AdapterFile, found: Mapping[str, Candidate], where: str, strict: bool
+    model: nn.Module, file: AdapterFile, found: Mapping[str, Candidate], where: str, strict: bool
 ) -> list[str]:
     """A shared module's adapter works under every name: where the model has two, half is lost."""
     apart = [
         f"{alias} (file {name}, model another or none)"
         for name, c in found.items()
         for alias in file.layers[name].aliases
-        if alias not in c.names
+        if alias not in c.names and not _is_at(model, alias, c.module)
     ]
     if not apart:
         return []
@@ -300,6 +300,14 @@ def _compare_aliases(
             " strict=False to adapt the first name alone."
         )
     return [f"shared in the file, not in the model: {listed(apart)}"]
+
+
+def _is_at(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a module is found under a name, of which a walk notes only the first so many."""
+    try:
+        return model.get_submodule(name) is module
+    except AttributeError:
+        return False
 
 
 def _compare(

@@ -164,7 +164,7 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     }
     # flags and guards may be left to restore after the layers themselves were ejected one by one
     bare = not any(isinstance(m, LoRAMixin) for m in named.values())
-    bare = bare and bool(orphans or (name is None and is_guarded(model)))
+    bare = bare and bool(orphans or is_guarded(model))
     layers = {} if bare else layers_with(model, name)
     names = (
         [name] if name is not None else list({**dict.fromkeys(_names(layers.values())), **orphans})

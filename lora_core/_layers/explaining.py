@@ -8,6 +8,8 @@ from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import LoRAMixin
 from lora_core.kernels import Plan
 
+_HIDDEN = "the adapters are merged into the weight, and `disabled` shows the base"
+
 
 def explain(layer: nn.Module, x: Tensor) -> Plan:
     """The form that ``layer(x)`` takes now, and why; computes nothing.
@@ -21,7 +23,8 @@ def explain(layer: nn.Module, x: Tensor) -> Plan:
 
     Raises:
         UnsupportedLayerError: If the layer carries no adapter.
-        ConfigError: If `x` is no tensor that the layer takes.
+        ConfigError: If `x` is no floating tensor of the layer's width.
+        MergeError: If the layer is merged and the call would train an adapter.
 
     Example:
         >>> import torch
@@ -36,20 +39,22 @@ def explain(layer: nn.Module, x: Tensor) -> Plan:
             f"`layer` must carry an adapter, but is a bare {type(layer).__name__}."
             " Pass a layer that `inject` adapted, such as `model.get_submodule(name)`."
         )
-    if not isinstance(x, Tensor):
-        raise ConfigError(f"`x` must be a tensor, but is {type(x).__name__}.")
-    if layer.lora_merged is not None:
-        return Plan("frozen", "the adapters are merged into the weight")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ConfigError(f"`x` must be a floating tensor, but is {kind}.")
+    if isinstance(layer, LoRALinear) and (x.ndim < 1 or x.shape[-1] != layer.in_features):
+        raise ConfigError(
+            f"`x` must have shape (..., {layer.in_features}), but has {tuple(x.shape)}."
+        )
     active = layer.active_factors()
+    if layer.lora_merged is not None:
+        hidden = layer.lora_merged.merged is not None
+        return Plan("frozen", _HIDDEN if hidden else "the adapters are merged into the weight")
     if not active:
         return Plan("frozen", "no adapter is active")
     if not isinstance(layer, LoRALinear):
         return Plan("composed", "the host's own forward makes the base, the update is added")
     if len(active) > 1:
         return Plan("composed", "the active adapters differ in dropout: each is a sum of its own")
-    if x.ndim < 1 or x.shape[-1] != layer.in_features:
-        raise ConfigError(
-            f"`x` must have shape (..., {layer.in_features}), but has {tuple(x.shape)}."
-        )
     lora_A, lora_B, gain, dropout = active[0]
     return functional.fused_plan(x, layer.weight, layer.bias, lora_A, lora_B, gain, dropout=dropout)
