@@ -1,0 +1,42 @@
+"""The maths of LoRA as pure functions of tensors.
+
+`lora_linear` is the reference: slow, obvious and right. Every faster path is a claim about it, and
+`fused_lora_linear` is the door to them.
+
+Letters in the shape notes: in = in_features, out = out_features, R = rank (the sum of the ranks
+where several adapters are stacked).
+"""
+
+from lora_core.functional.deltas import (
+    delta_norm,
+    lora_delta,
+    merged_weight,
+    stack_factors,
+)
+from lora_core.functional.dora import (
+    dora_linear,
+    dora_norm,
+)
+from lora_core.functional.linear import (
+    fused_lora_linear,
+    fused_plan,
+    lora_linear,
+    lora_linear_chosen,
+    lora_update,
+    shared_lora_linear,
+)
+
+__all__ = [
+    "delta_norm",
+    "dora_linear",
+    "dora_norm",
+    "fused_lora_linear",
+    "fused_plan",
+    "lora_delta",
+    "lora_linear",
+    "lora_linear_chosen",
+    "lora_update",
+    "merged_weight",
+    "shared_lora_linear",
+    "stack_factors",
+]
