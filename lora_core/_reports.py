@@ -304,7 +304,7 @@ class MergeReport:
         reversible: Whether the originals are (or were) kept.
         loss: By layer, the share of the update lost to rounding: the norm of what was asked
             minus what arrived, over the norm of what was asked; 0 for an exact sum. Taken over at
-            most 64 evenly spaced rows of the weight.
+            most 16 evenly spaced rows of the weight.
     """
 
     adapters: Mapping[str, float]
