@@ -578,7 +578,8 @@ def test_a_rule_that_matches_nothing_is_an_error():
 
 def test_a_rule_that_sets_something_unknown_is_an_error():
     message = (
-        "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', but 'to_q' sets 'ranks', 'name'."
+        "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', but 'to_q' sets 'ranks',"
+        " 'name'."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         plan(tree("a.to_q"), rules={"to_q": {"ranks": 2, "name": "x"}})
