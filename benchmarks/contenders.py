@@ -247,9 +247,6 @@ def _ours(problem: Problem) -> Contender:
 
 def _chosen(problem: Problem) -> Contender:
     """One adapter per sample, which the library offers as a function of stacked factors."""
-    chosen = getattr(functional, "lora_linear_chosen", None)
-    if chosen is None:
-        raise NotOfferedError("the library has no fast mix of adapters within a batch yet")
     own = _own_factors(problem)
     device = problem.weight.device
     gain = torch.full((len(own),), SCALE, device=device)
@@ -257,8 +254,9 @@ def _chosen(problem: Problem) -> Contender:
 
     def forward(x: Tensor) -> Tensor:
         lora_A, lora_B = (torch.stack(f) for f in zip(*own, strict=True))
-        y: Tensor = chosen(x, problem.weight, problem.bias, lora_A, lora_B, gain, index)
-        return y
+        return functional.lora_linear_chosen(
+            x, problem.weight, problem.bias, lora_A, lora_B, gain, index
+        )
 
     return Contender(OURS, nn.ParameterList(f for pair in own for f in pair), forward, own)
 
@@ -283,13 +281,13 @@ def _dora(problem: Problem) -> Contender:
 
 def form(problem: Problem) -> str:
     """The form that our layer takes on these numbers, and why; "" where it has no choice."""
-    plan = getattr(functional, "fused_plan", None)
-    if plan is None or problem.case.samples or problem.case.dora:
+    if problem.case.samples or problem.case.dora:
         return ""
     gain = torch.tensor(SCALE, device=problem.weight.device)
     stacked = functional.stack_factors([(A, B, gain) for A, B in problem.factors])
     x, weight, bias = problem.x, problem.weight, problem.bias
-    return str(plan(x, weight, bias, *stacked, dropout=problem.case.dropout))
+    plan = functional.fused_plan(x, weight, bias, *stacked, dropout=problem.case.dropout)
+    return str(plan)
 
 
 def _peft(problem: Problem) -> Contender:

@@ -230,16 +230,9 @@ def _sums_in_product(layer: LoRAMixin) -> bool:
 
 def _scaled(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
     """The stacked lora_A, the stacked and scaled lora_B, and a sample of their product."""
-    lora_A, lora_B, gain = (f.detach().to(layer.weight.dtype) for f in _stacked(layer))
+    lora_A, lora_B, gain = (f.to(layer.weight.dtype) for f in layer.stacked())
     lora_B = lora_B * gain
     return lora_A, lora_B, _sampled(lora_B).double() @ lora_A.double()
-
-
-def _stacked(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
-    selection = layer.lora_selection
-    return functional.stack_factors(
-        [(*layer.factors(n), g) for n, g in zip(selection.names, selection.gains, strict=True)]
-    )
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -365,7 +358,7 @@ def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
 
     By Cauchy-Schwarz no entry of the update exceeds the norm of its B times that of its A.
     """
-    lora_A, lora_B, gain = _stacked(layer)
+    lora_A, lora_B, gain = layer.stacked()
     bound = (lora_A.double().norm() * (lora_B * gain).double().norm()).to(layer.weight.device)
     low, high = layer.weight.aminmax()
     largest = torch.maximum(-low, high).double()

@@ -136,15 +136,20 @@ class LoRAMixin(nn.Module):
 
     def delta(self) -> Tensor:
         """The sum of the active updates in the weight's own layout, float32 or wider."""
+        dense = functional.lora_delta(*self.stacked())
+        return dense.T if self.transposed else dense
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(lora_A, lora_B, gain)`` of what is active as one adapter, detached.
+
+        In the weight's precision, float32 or wider, as a forward multiplies them.
+        """
         names, _, gains = self.lora_selection
-        # in the weight's precision, as a forward multiplies them
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         factors = ([f.detach().to(dtype) for f in self.factors(name)] for name in names)
-        stacked = functional.stack_factors(
+        return functional.stack_factors(
             [(A, B, gain) for (A, B), gain in zip(factors, gains, strict=True)]
         )
-        dense = functional.lora_delta(*stacked)
-        return dense.T if self.transposed else dense
 
     def select(self, strengths: dict[str, float]) -> Selection:
         """The selection with these strengths, of the adapters that this layer has."""
