@@ -7,6 +7,11 @@ Letters in the shape notes: in = in_features, out = out_features, R = rank (the 
 where several adapters are stacked).
 """
 
+from lora_core.functional.conv import (
+    conv_update,
+    lora_conv,
+    tucker_down,
+)
 from lora_core.functional.deltas import (
     delta_norm,
     lora_delta,
@@ -27,11 +32,13 @@ from lora_core.functional.linear import (
 )
 
 __all__ = [
+    "conv_update",
     "delta_norm",
     "dora_linear",
     "dora_norm",
     "fused_lora_linear",
     "fused_plan",
+    "lora_conv",
     "lora_delta",
     "lora_linear",
     "lora_linear_chosen",
@@ -39,4 +46,5 @@ __all__ = [
     "merged_weight",
     "shared_lora_linear",
     "stack_factors",
+    "tucker_down",
 ]
