@@ -22,6 +22,10 @@ from lora_core.functional.dora import (
     dora_linear,
     dora_norm,
 )
+from lora_core.functional.embedding import (
+    embedding_update,
+    lora_embedding,
+)
 from lora_core.functional.linear import (
     fused_lora_linear,
     fused_plan,
@@ -36,10 +40,12 @@ __all__ = [
     "delta_norm",
     "dora_linear",
     "dora_norm",
+    "embedding_update",
     "fused_lora_linear",
     "fused_plan",
     "lora_conv",
     "lora_delta",
+    "lora_embedding",
     "lora_linear",
     "lora_linear_chosen",
     "lora_update",
