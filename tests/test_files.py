@@ -324,6 +324,28 @@ def test_a_model_without_values_takes_no_file(path: Path) -> None:
     assert picture(model) == before
 
 
+def test_a_dtype_that_no_factor_has_is_not_packed() -> None:
+    said = (
+        "A tensor must be one of 'torch.float64', 'torch.float32', 'torch.bfloat16',"
+        " 'torch.float16' to be saved, but 'a' is torch.int8. Cast it first."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        container.pack({"a": torch.ones(2, dtype=torch.int8)}, {})
+
+
+def test_the_bytes_are_laid_out_as_safetensors_lays_them_out() -> None:
+    dtypes = (torch.float16, torch.float32, torch.bfloat16, torch.float64)
+    tensors = {f"{i}": torch.randn(i + 1, 3).to(dtypes[i % 4]) for i in range(8)}
+    tensors["turned"] = torch.randn(3, 5).T
+    data = container.pack(tensors, {"a": "b"})
+    plain = safetensors.torch.save(
+        {n: t.contiguous() for n, t in tensors.items()}, metadata={"a": "b"}
+    )
+    (size,) = struct.unpack("<Q", data[:8])
+    assert json.loads(data[8 : 8 + size]) == json.loads(plain[8 : 8 + size])
+    assert data[8 + size :] == plain[8 + size :]
+
+
 def test_an_adapter_whose_base_is_gone_is_not_saved(tmp_path: Path) -> None:
     model = adapted()
     lora_core.merge(model, reversible=False)

@@ -23,7 +23,7 @@ from lora_core._files.fingerprint import differing, fingerprint
 from lora_core._files.native import AdapterFile, FileLayer
 from lora_core._injection import Candidate, Graft, graft, walk
 from lora_core._injection.planning import describe
-from lora_core._layers import non_finite, sizes
+from lora_core._layers import LoRAMixin, non_finite, sizes
 from lora_core._reports import Report, SaveReport, count
 
 __all__ = ["load", "save"]
@@ -86,21 +86,19 @@ def save(
             f"An adapter must have values to be saved, but that of {listed(hollow)} is on the meta"
             " device. Call `model.to_empty(device=...)` and train it first."
         )
-    bad = non_finite(held)
-    if bad:
-        raise ConfigError(
-            f"An adapter must be finite to be saved, but that of {listed(bad)} holds NaN or"
-            " infinity. Go back to an earlier state; lower the learning rate."
-        )
-    names = {c.module: c.names for c in walk(model)}
-    file_layers = {}
+    others, file_layers = _other_names(model, layers), {}
     for n, layer in layers.items():
-        config, aliases = layer.lora_configs[name], sorted(set(names[layer]) - {n})
-        file_layers[n] = FileLayer(
-            *held[n], config.alpha, config.dropout, tuple(aliases), config.rslora
-        )
+        c = layer.lora_configs[name]
+        aliases = others.get(n, ())
+        file_layers[n] = FileLayer(*held[n], c.alpha, c.dropout, aliases, c.rslora)
     tensors, entries = native.encode(AdapterFile(name, file_layers, fingerprint(layers), own))
-    data = container.pack(tensors, entries)
+    try:
+        data = container.pack(tensors, entries)
+    except container.NonFiniteError:
+        raise ConfigError(
+            f"An adapter must be finite to be saved, but that of {listed(non_finite(held))} holds"
+            " NaN or infinity. Go back to an earlier state; lower the learning rate."
+        ) from None
     container.write(path, data)
     numbers = sum(t.numel() for t in tensors.values())
     return SaveReport(os.fspath(path), name, tuple(layers), numbers, len(data))
@@ -187,6 +185,25 @@ def load(
     graft([c.module for c in candidates], name, grafts, strength, others=False)
     training = count([p for p in model.parameters() if p.requires_grad])
     return replace(report, trainable=training, metadata=file.metadata)
+
+
+def _other_names(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> dict[str, tuple[str, ...]]:
+    """What else the layers are called that have several names, by the name given."""
+    seen, shared, left = {model}, [], [model]
+    while left:
+        for child in left.pop()._modules.values():
+            if child is None:
+                continue
+            if child in seen:
+                shared.append(child)
+            else:
+                seen.add(child)
+                left.append(child)
+    # a walk takes as long as all the rest, and mostly nothing but an activation is shared
+    if not any(isinstance(m, LoRAMixin) for module in shared for m in module.modules()):
+        return {}
+    names = {c.module: c.names for c in walk(model)}
+    return {n: tuple(sorted(set(names[layer]) - {n})) for n, layer in layers.items()}
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -74,15 +74,17 @@ def samples(weights: Sequence[Tensor]) -> list[list[float]]:
     rows = [[float("nan")] * _SAMPLES for _ in weights]
     where: dict[tuple[int, torch.device], Tensor] = {}
     picked: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
-    for i, weight in enumerate(weights):
-        if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.numel():
-            continue
-        size, device = weight.numel(), weight.device
-        if (size, device) not in where:
-            places = [(2 * i + 1) * size // (2 * _SAMPLES) for i in range(_SAMPLES)]
-            where[size, device] = torch.tensor(places, device=device)
-        values = weight.detach().reshape(-1)[where[size, device]]
-        picked.setdefault((device, weight.dtype), {})[i] = values
+    with torch.no_grad():
+        for i, weight in enumerate(weights):
+            if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.numel():
+                continue
+            size, device, dtype = weight.numel(), weight.device, weight.dtype
+            if (size, device) not in where:
+                places = [(2 * i + 1) * size // (2 * _SAMPLES) for i in range(_SAMPLES)]
+                where[size, device] = torch.tensor(places, device=device)
+            # one operation where the dtype has it: there may be thousands of layers
+            flat = weight if dtype.itemsize > 1 else weight.reshape(-1).to(torch.float32)
+            picked.setdefault((device, dtype), {})[i] = flat.take(where[size, device])
     for group in picked.values():
         fetched = torch.stack(list(group.values())).to(torch.float64).tolist()
         for i, row in zip(group, fetched, strict=True):

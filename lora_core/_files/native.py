@@ -79,19 +79,29 @@ def encode(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata that stand for an adapter."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
+    # layers with the same settings share their entry: thousands of dicts cost the collector dear
+    alike: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, layer in file.layers.items():
         tensors[_key(name, "lora_A")] = layer.lora_A
         tensors[_key(name, "lora_B")] = layer.lora_B
-        layers[name] = {"alpha": layer.alpha, "kind": "linear", "rank": layer.rank}
-        if layer.dropout:
-            layers[name]["dropout"] = layer.dropout
-        if layer.rslora:
-            layers[name]["rslora"] = True
-        if layer.aliases:
-            layers[name]["aliases"] = list(layer.aliases)
+        settings = (layer.rank, layer.alpha, layer.dropout, layer.aliases, layer.rslora)
+        if settings not in alike:
+            alike[settings] = _entry(layer)
+        layers[name] = alike[settings]
     about = {"version": _VERSION, "adapter": file.name, "layers": layers, "base": file.base}
     text = json.dumps(about, separators=(",", ":"), sort_keys=True)
     return tensors, {**file.metadata, "format": "pt", "lora_core": text}
+
+
+def _entry(layer: FileLayer) -> dict[str, Any]:
+    entry: dict[str, Any] = {"alpha": layer.alpha, "kind": "linear", "rank": layer.rank}
+    if layer.dropout:
+        entry["dropout"] = layer.dropout
+    if layer.rslora:
+        entry["rslora"] = True
+    if layer.aliases:
+        entry["aliases"] = list(layer.aliases)
+    return entry
 
 
 def decode(
