@@ -21,6 +21,7 @@ from lora_core.functional.deltas import (
 from lora_core.functional.dora import (
     dora_linear,
     dora_norm,
+    dora_ratio,
 )
 from lora_core.functional.embedding import (
     embedding_update,
@@ -40,6 +41,7 @@ __all__ = [
     "delta_norm",
     "dora_linear",
     "dora_norm",
+    "dora_ratio",
     "embedding_update",
     "fused_lora_linear",
     "fused_plan",

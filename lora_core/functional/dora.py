@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from lora_core.functional.linear import fused_lora_linear
-
-# below this share of |W|^2 the factored norm loses digits to cancellation
-_CANCELLED = 0.4
+from lora_core.kernels.norms import row_norms
 
 
 def dora_linear(
@@ -51,11 +49,10 @@ def dora_linear(
     if norm is None:
         norm = dora_norm(weight, lora_A, lora_B, gain).detach()
     directed = fused_lora_linear(x, weight, None, lora_A, lora_B, gain)
-    # a row of zeros has no direction to give a length to
-    length = torch.where(norm > 0, magnitude / norm.clamp_min(1e-30), 0).to(directed.dtype)
+    ratio = dora_ratio(magnitude, magnitude.detach(), norm).to(directed.dtype)
     if bias is None:
-        return directed * length
-    return torch.addcmul(bias.to(directed.dtype), directed, length)
+        return directed * ratio
+    return torch.addcmul(bias.to(directed.dtype), directed, ratio)
 
 
 def dora_norm(
@@ -70,8 +67,8 @@ def dora_norm(
 
     ``|W_n|^2 + 2 g <(W A^T)_n, B_n> + g^2 <(B (A A^T))_n, B_n>``: nothing of size (out, in) is
     made in the weight's place beyond one cast of a 16-bit weight, autocast or not. Rows where the
-    terms cancel are summed densely, in float64; which those are is read from the values, so a
-    compiled graph breaks here.
+    terms cancel are summed densely, in float64. Under torch.compile it is one operator, and a
+    constant to autograd; torch.export, tracers and torch.func get the plain sum.
 
     Args:
         weight: The frozen matrix.
@@ -91,16 +88,43 @@ def dora_norm(
         >>> dora_norm(torch.ones(5, 4), torch.zeros(2, 4), torch.zeros(5, 2)).tolist()
         [2.0, 2.0, 2.0, 2.0, 2.0]
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
-        W, A, B = weight.to(dtype), lora_A.to(dtype), lora_B.to(dtype) * gain
-        if squared is None:
-            squared = torch.linalg.vecdot(W, W)
-        total = squared + torch.linalg.vecdot(2 * (W @ A.T) + B @ (A @ A.T), B)
-        rows = (total < _CANCELLED * squared).nonzero().squeeze(1)
-        if rows.numel():
-            wide = W[rows].double() + B[rows].double() @ A.double()
-            total = total.index_put((rows,), wide.square().sum(1).to(dtype))
-        some = total != 0  # at zero a square root has no gradient
-        norm: Tensor = torch.where(some, total, 1).sqrt() * some
-    return norm
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        from lora_core.kernels import ops  # 10 ms that only tracers and GPUs need
+
+        return ops.dora_norm(weight, lora_A, lora_B, gain, squared)
+    return row_norms(weight, lora_A, lora_B, gain, squared)
+
+
+def dora_ratio(
+    magnitude: Tensor, length: Tensor, norm: Tensor, strength: Tensor | float = 1.0
+) -> Tensor:
+    """What each row of ``weight + gain * lora_B @ lora_A`` is multiplied by.
+
+    ``((1 - strength) * length + strength * magnitude) / norm``: the row's length goes from its
+    own to the trained one. Exactly 1 where the three lengths are equal, and wherever `norm` equals
+    `length` at strength 0.
+
+    Args:
+        magnitude: The rows' trained lengths.
+        length: The rows' lengths in `weight`, which `magnitude` started from.
+        norm: The rows' lengths with the update, `dora_norm`.
+        strength: How much of the adapter is on.
+
+    Shape:
+        - magnitude, length, norm: ``(out,)``; strength: a scalar
+        - Output: ``(out,)``; a row of zeros, which has no direction to give a length to, gets 1 if
+          it was one in `weight`, else 0
+
+    Reference:
+        Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, equation 5.
+
+    Example:
+        >>> dora_ratio(torch.tensor([3.0, 6.0]), torch.tensor([3.0, 2.0]), torch.tensor([3.0, 2.0]))
+        tensor([1., 3.])
+    """
+    dtype = torch.promote_types(magnitude.dtype, norm.dtype)
+    if isinstance(strength, Tensor):
+        strength = strength.to(dtype)
+    wanted = torch.lerp(length.to(dtype), magnitude.to(dtype), strength)
+    none = norm == 0  # a NaN stays one
+    return torch.where(none, (length == 0).to(dtype), wanted / torch.where(none, 1, norm))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core.kernels.norms import row_norms
 from lora_core.kernels.planning import TRITON
 from lora_core.kernels.products import differentiable_gradients, forward, gradients
 
@@ -27,6 +28,10 @@ torch.library.define(
     "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor h, Tensor gain,"
     " ScalarType dtype, str form, float dropout, Tensor? seed, bool[] needed)"
     " -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "lora_core::dora_norm",
+    "(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, Tensor? squared) -> Tensor",
 )
 
 
@@ -238,3 +243,44 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
 
 
 torch.library.register_autograd("lora_core::linear", _differentiate, setup_context=_keep)
+
+
+def dora_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor | float,
+    squared: Tensor | None,
+) -> Tensor:
+    """The operator of `functional.dora_norm`, a constant to autograd.
+
+    Which rows cancel is read from the values, at which a graph would break.
+
+    Shape:
+        As for `functional.dora_norm`.
+    """
+    if not isinstance(gain, Tensor):
+        gain = torch.full((), gain, dtype=torch.float64, device=weight.device)
+    operands = weight.detach(), lora_A.detach(), lora_B.detach(), gain.detach()
+    known = None if squared is None else squared.detach()
+    norm: Tensor = torch.ops.lora_core.dora_norm(*operands, known)
+    return norm
+
+
+@torch.library.impl("lora_core::dora_norm", ("cpu", "cuda"))
+def _row_norms(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor, squared: Tensor | None
+) -> Tensor:
+    return row_norms(weight, lora_A, lora_B, gain, squared)
+
+
+@torch.library.register_fake("lora_core::dora_norm")  # type: ignore[untyped-decorator]
+def _one_per_row(
+    weight: Tensor,
+    lora_A: Tensor,  # noqa: ARG001
+    lora_B: Tensor,  # noqa: ARG001
+    gain: Tensor,  # noqa: ARG001
+    squared: Tensor | None,  # noqa: ARG001
+) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_empty(weight.shape[0], dtype=dtype)
