@@ -1,0 +1,150 @@
+"""State dicts: the host's keys stay, old checkpoints load, and the meta device comes to life."""
+
+import re
+
+import pytest
+import torch
+
+from lora_core import disabled, eject, parameters
+from tests.laws.zoo import adapter_keys, bits, flags, gradients, loss_of, same_bits
+
+
+def test_the_hosts_keys_stay_in_their_order_and_the_adapters_come_beside(kind):
+    bare, model = kind.bare(), kind.adapted()
+    mine = adapter_keys(model)
+    assert same_bits(bits(model, adapters=False), bits(bare))
+    assert sorted(model.state_dict()) == sorted([*bare.state_dict(), *mine])
+    host = [n for n, _ in model.named_parameters() if n not in mine]
+    assert host == [n for n, _ in bare.named_parameters()]
+
+
+def test_an_old_checkpoint_loads_before_injection(kind):
+    old, model, x = kind.bare(seed=11), kind.bare(), kind.sample()
+    model.load_state_dict(old.state_dict())
+    kind.inject(model)
+    with disabled(model.eval()):
+        assert torch.equal(model(x), old.eval()(x))
+
+
+def test_an_old_checkpoint_loads_after_injection_and_lacks_the_adapters_alone(kind):
+    old, model, x = kind.bare(seed=11), kind.adapted(), kind.sample()
+    mine = adapter_keys(model)
+    before, trains = bits(model), flags(model)
+    missing, unexpected = model.load_state_dict(old.state_dict(), strict=False)
+    assert sorted(missing) == sorted(mine)
+    assert unexpected == []
+    assert same_bits(bits(model, adapters=False), bits(old))
+    assert all(torch.equal(t, before[n]) for n, t in bits(model).items() if n in mine)
+    assert flags(model) == trains
+    # it is what it would have been, had the checkpoint been loaded first
+    expected = kind.inject(kind.bare(seed=11)).eval()
+    assert torch.equal(model.eval()(x), expected(x))
+    eject(model)
+    assert torch.equal(model(x), old.eval()(x))
+
+
+def test_a_strict_load_of_an_old_checkpoint_names_the_adapters_alone(kind):
+    model = kind.adapted()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: ") as error:
+        model.load_state_dict(kind.bare().state_dict())
+    assert "Unexpected" not in str(error.value)
+    assert sorted(re.findall(r'"([^"]+)"', str(error.value))) == sorted(adapter_keys(model))
+
+
+def test_an_old_checkpoint_loads_strictly_after_eject(kind):
+    old, model, x = kind.bare(seed=11), kind.adapted(), kind.sample()
+    eject(model)
+    model.load_state_dict(old.state_dict())
+    assert torch.equal(model.eval()(x), old.eval()(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_whole_state_dict_loads_strictly_into_a_model_that_was_injected_alike(kind, assign):
+    source, x = kind.inject(kind.bare(seed=11), seed=13), kind.sample()
+    model = kind.adapted()
+    optimiser_sees = parameters(model)
+    model.load_state_dict(source.state_dict(), assign=assign)
+    assert same_bits(bits(model), bits(source))
+    assert torch.equal(model.eval()(x), source.eval()(x))
+    kept = [a is b for a, b in zip(parameters(model), optimiser_sees, strict=True)]
+    assert not any(kept) if assign else all(kept)
+
+
+def test_assigning_keeps_what_trains_and_what_is_frozen(kind):
+    source, model, x = kind.inject(kind.bare(seed=11), seed=13), kind.adapted(), kind.sample()
+    trains = flags(model)
+    state = {n: t.detach().clone() for n, t in source.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert flags(model) == trains
+    assert all(p.is_leaf for p in model.parameters())
+    for mine, theirs in zip(gradients(model, x), gradients(source, x), strict=True):
+        assert mine.abs().max() > 0
+        assert torch.equal(mine, theirs)
+    eject(model)
+    assert flags(model) == flags(kind.bare())
+
+
+def test_assigning_an_old_checkpoint_keeps_the_host_frozen(kind):
+    old, model, x = kind.bare(seed=11), kind.adapted().eval(), kind.sample()
+    trains, mine = flags(model), parameters(model)
+    model.load_state_dict(old.state_dict(), strict=False, assign=True)
+    assert flags(model) == trains
+    assert all(a is b for a, b in zip(parameters(model), mine, strict=True))
+    assert torch.equal(model(x), kind.inject(kind.bare(seed=11)).eval()(x))
+
+
+def on_meta(kind):
+    with torch.device("meta"):
+        return kind.bare()
+
+
+def test_a_model_built_and_injected_on_the_meta_device_loads_into_memory(kind):
+    source, x = kind.adapted(), kind.sample()
+    model = kind.inject(on_meta(kind))
+    assert all(t.is_meta for t in model.state_dict().values())
+    trains = flags(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict())
+    assert flags(model) == trains == flags(source)
+    assert torch.equal(model.eval()(x), source.eval()(x))
+    assert all(g.abs().max() > 0 for g in gradients(model, x))
+
+
+def test_a_model_on_the_meta_device_takes_the_tensors_of_a_checkpoint_as_they_are(kind):
+    source, x = kind.adapted(), kind.sample()
+    model = kind.inject(on_meta(kind))
+    trains = flags(model)
+    state = {n: t.detach().clone() for n, t in source.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert flags(model) == trains
+    assert torch.equal(model.eval()(x), source.eval()(x))
+    assert all(g.abs().max() > 0 for g in gradients(model, x))
+
+
+def test_a_fresh_adapter_that_comes_from_the_meta_device_starts_at_nothing(kind):
+    old, x = kind.bare(seed=11), kind.sample()
+    model = kind.inject(on_meta(kind)).to_empty(device="cpu")
+    model.load_state_dict(old.state_dict(), strict=False)
+    assert torch.equal(model.eval()(x), old.eval()(x))
+    loss_of(model(x)).backward()
+    assert any(p.grad.abs().max() > 0 for p in parameters(model))
+
+
+def test_a_bare_model_from_the_meta_device_is_adapted_once_it_is_loaded(kind):
+    source, x = kind.adapted(), kind.sample()
+    model = on_meta(kind).to_empty(device="cpu")
+    model.load_state_dict(kind.bare().state_dict())
+    kind.inject(model)
+    assert torch.equal(model.eval()(x), source.eval()(x))
+
+
+def test_an_adapted_model_goes_to_the_meta_device_whole(kind):
+    model, x = kind.adapted().eval(), kind.sample()
+    shape = model(x).shape
+    trains = flags(model)
+    model.to("meta")
+    assert all(t.is_meta for t in model.state_dict().values())
+    assert flags(model) == trains
+    y = model(x.to("meta"))
+    assert y.is_meta
+    assert y.shape == shape

@@ -1,0 +1,144 @@
+"""Threads: forwards beside each other, and beside one that switches adapters."""
+
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lora_core import disabled, scales
+
+
+@pytest.fixture(autouse=True)
+def _eager_switches() -> Iterator[None]:
+    """Lets threads take turns a thousand times as often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def while_another_thread(does: Callable[[], None], work: Callable[[], None]) -> None:
+    """Runs `work` while another thread does something over and over."""
+    done, errors = threading.Event(), []
+
+    def loop():
+        try:
+            while not done.is_set():
+                does()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join(60)
+    assert not errors, errors
+
+
+def test_forwards_in_threads_are_bit_equal_to_serial_ones(kind):
+    model = kind.adapted().eval()
+    batches = [kind.sample(seed=seed) for seed in range(64)]
+    with torch.no_grad():
+        serial = [model(x) for x in batches]
+
+    @torch.no_grad()
+    def call(x):
+        return model(x)
+
+    with ThreadPoolExecutor(8) as pool:
+        for got, expected in zip(pool.map(call, batches), serial, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_gradients_in_threads_are_bit_equal_to_serial_ones(kind):
+    model = kind.adapted().eval()
+    batches = [kind.sample(seed=seed) for seed in range(16)]
+    factors = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients_of(x):
+        return torch.autograd.grad(model(x).square().sum(), factors)
+
+    serial = [gradients_of(x) for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for got, expected in zip(pool.map(gradients_of, batches), serial, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def two_styles(kind):
+    """A model with two adapters, an input, and what it gives with either of them and with none."""
+    model, x = kind.inject(kind.bare(), "a").eval(), kind.sample()
+    kind.inject(model, "b", seed=17).eval()
+    outputs = {}
+    with torch.no_grad():
+        for name in "ab":
+            scales(model, **{name: 1.0})
+            outputs[name] = model(x)
+        with disabled(model):
+            outputs["base"] = model(x)
+    for one, other in itertools.combinations(outputs.values(), 2):
+        assert (one - other).abs().max() > 0.1
+    return model, x, outputs
+
+
+def which(y, outputs):
+    return next((n for n, t in outputs.items() if torch.allclose(y, t, atol=1e-5)), "a mixture")
+
+
+def test_while_a_thread_switches_adapters_every_output_is_one_selections(kind):
+    model, x, outputs = two_styles(kind)
+    seen = set()
+
+    def switch():
+        scales(model, a=1.0)
+        scales(model, b=1.0)
+
+    @torch.no_grad()
+    def call():
+        for _ in range(200):
+            seen.add(which(model(x), outputs))
+
+    while_another_thread(switch, call)
+    assert seen <= {"a", "b"}
+
+
+def test_while_a_thread_enters_and_leaves_blocks_every_output_is_one_selections(kind):
+    model, x, outputs = two_styles(kind)
+    scales(model, a=1.0)
+    seen = set()
+
+    def look():
+        with disabled(model):
+            pass
+        with scales(model, b=1.0):
+            pass
+
+    @torch.no_grad()
+    def call():
+        for _ in range(200):
+            seen.add(which(model(x), outputs))
+
+    while_another_thread(look, call)
+    assert seen <= {"a", "b", "base"}
+    with torch.no_grad():
+        assert torch.equal(model(x), outputs["a"])
+
+
+def test_a_switch_between_forward_and_backward_changes_no_gradient(kind):
+    model, x, _ = two_styles(kind)  # the one that came last is the one that trains
+    scales(model, b=1.0)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(x).square().sum(), factors)
+    loss = model(x).square().sum()
+    thread = threading.Thread(target=lambda: scales(model, a=1.0))
+    thread.start()
+    thread.join()
+    for mine, theirs in zip(torch.autograd.grad(loss, factors), expected, strict=True):
+        assert theirs.abs().max() > 0
+        assert torch.equal(mine, theirs)

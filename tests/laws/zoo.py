@@ -1,0 +1,171 @@
+"""The zoo: a small model for every kind of adapted layer, and what the laws ask of each.
+
+A new kind is a row of `ZOO`; every law then holds for it too.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_core
+
+
+class Conv1D(nn.Module):
+    """A linear layer that stores its matrix (in, out), as GPT-2's does."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf) * 0.3)
+        self.bias = nn.Parameter(torch.randn(nf) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return flat.view((*x.size()[:-1], self.nf))
+
+
+class Doubled(nn.Linear):
+    """A subclass with a forward and an attribute of its own."""
+
+    def __init__(self, *sizes: int, factor: float = 2.0) -> None:
+        super().__init__(*sizes)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * super().forward(x)
+
+
+class Model(nn.Module):
+    """The layer at `site`, and parameters and a buffer that no adapter touches."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        self.site = site
+        self.act = nn.PReLU()
+        self.register_buffer("shift", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.call(x) + self.shift)
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.site(x)
+
+
+def vectors(batch: int) -> Tensor:
+    return torch.randn(batch, 5, 8)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of adapted layer.
+
+    Attributes:
+        build: Makes a bare model in float32.
+        options: What `inject` is called with.
+        inputs: Makes an input of so many samples, the batch first.
+        excused: Laws that do not hold and why: "merge", or one that the bare model breaks itself.
+            A test holds each of them to its word.
+    """
+
+    build: Callable[[], nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Callable[[int], Tensor] = vectors
+    excused: Mapping[str, str] = field(default_factory=dict)
+
+    def bare(self, seed: int = 7, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model without adapters; the same one for the same seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.build().to(dtype)
+
+    def inject(self, model: nn.Module, name: str = "default", seed: int = 3) -> nn.Module:
+        """Adapts a model of this kind in place, and moves the adapter as training might."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            lora_core.inject(model, **{"rank": 2, "alpha": 3.0, **self.options}, name=name)
+            with torch.no_grad():
+                for p in lora_core.parameters(model, name):
+                    p.add_(0.3 * torch.randn_like(p))
+        return model
+
+    def adapted(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model with a trained adapter; the same one each time."""
+        return self.inject(self.bare(dtype=dtype))
+
+    def sample(self, batch: int = 3, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+        """An input of so many samples; integers stay integers."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            x = self.inputs(batch)
+        return x.to(dtype) if x.is_floating_point() else x
+
+
+ZOO: dict[str, Kind] = {
+    "linear": Kind(lambda: Model(nn.Linear(8, 6)), {"targets": "site"}),
+    "linear-without-bias": Kind(
+        lambda: Model(nn.Linear(8, 6, bias=False)), {"targets": "site", "rslora": True}
+    ),
+    "linear-with-dropout": Kind(
+        lambda: Model(nn.Linear(8, 6)), {"targets": "site", "dropout": 0.25}
+    ),
+    "linear-subclass": Kind(
+        lambda: Model(Doubled(8, 6)),
+        {"targets": "site"},
+        excused={"merge": "an update of its weight would be doubled"},
+    ),
+    "gpt2-conv1d": Kind(lambda: Model(Conv1D(6, 8)), {"targets": "site"}),
+}
+
+
+def adapter_keys(model: nn.Module) -> list[str]:
+    """The names of the adapters' parameters, in the order of the model."""
+    mine = {id(p) for p in lora_core.parameters(model)}
+    return [n for n, p in model.named_parameters() if id(p) in mine]
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    """Which parameters take a gradient."""
+    return {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+def bits(model: nn.Module, *, adapters: bool = True) -> dict[str, Tensor]:
+    """A copy of every value of the state dict, or of the host's alone."""
+    mine = set() if adapters else set(adapter_keys(model))
+    return {n: t.detach().clone() for n, t in model.state_dict().items() if n not in mine}
+
+
+def same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts have the same keys in the same order, and equal values."""
+    return list(left) == list(right) and all(torch.equal(t, right[n]) for n, t in left.items())
+
+
+def loss_of(y: Tensor) -> Tensor:
+    """A number whose gradient reaches every element, of an output of any dtype."""
+    return y.double().square().sum() + y.double().sum()
+
+
+def gradients(
+    model: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """The adapters' gradients for one call from one seed; none is left behind."""
+    torch.manual_seed(5)
+    factors = lora_core.parameters(model)
+    loss_of(model(x) if call is None else call(x)).backward()
+    found = [p.grad for p in factors]
+    for p in model.parameters():
+        p.grad = None
+    assert all(g is not None for g in found), "a factor got no gradient"
+    return found  # type: ignore[return-value]
+
+
+def moves(model: nn.Module, x: Tensor) -> bool:
+    """Whether the adapters change the output: no law may hold because they do nothing."""
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        adapted = twin(x)
+        with lora_core.disabled(twin):
+            return not torch.allclose(twin(x), adapted, rtol=1e-2, atol=1e-2)
