@@ -27,6 +27,10 @@ from lora_core.functional.embedding import (
     embedding_update,
     lora_embedding,
 )
+from lora_core.functional.initial import (
+    initial_factors,
+    subtracted,
+)
 from lora_core.functional.linear import (
     fused_lora_linear,
     fused_plan,
@@ -45,6 +49,7 @@ __all__ = [
     "embedding_update",
     "fused_lora_linear",
     "fused_plan",
+    "initial_factors",
     "lora_conv",
     "lora_delta",
     "lora_embedding",
@@ -54,5 +59,6 @@ __all__ = [
     "merged_weight",
     "shared_lora_linear",
     "stack_factors",
+    "subtracted",
     "tucker_down",
 ]
