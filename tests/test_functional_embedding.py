@@ -134,6 +134,14 @@ def test_the_sparse_form_takes_a_dense_gradient_too():
     assert_close(A.grad, dense)
 
 
+def test_a_compiled_gradient_is_dense_and_the_same():
+    index, leaves = indices(2, 4), [f.requires_grad_() for f in factors()]
+    compiled = torch.compile(embedding_update, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(index, *leaves, sparse=True).square().sum(), leaves)
+    expected = torch.autograd.grad(embedding_update(index, *leaves).square().sum(), leaves)
+    assert_close(got, expected)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_a_half_base_takes_float32_factors(half):
     index, W = indices(2, 4), randn(ENTRIES, DIM, dtype=half)

@@ -36,7 +36,8 @@ def embedding_update(
         scale_grad_by_freq: Whether a column's gradient is divided by how often it was looked up.
         sparse: Whether the gradient of `lora_A` is sparse: a COO tensor with a place for every
             number (PyTorch cannot keep whole columns), of use to `torch.optim.SGD` and
-            `SparseAdam`. The gradient of `lora_B` is always dense.
+            `SparseAdam`. The gradient of `lora_B` is always dense; under torch.compile, which
+            cannot trace the sparse one, so is that of `lora_A`.
         dropout: Probability of dropping the update of an entry looked up, which is the one element
             of its one-hot row; 0 is none.
 
@@ -55,6 +56,7 @@ def embedding_update(
         >>> embedding_update(torch.tensor([[3, 1, 4]]), A, B).shape
         torch.Size([1, 3, 5])
     """
+    sparse = sparse and not torch.compiler.is_compiling()
     table = _SparseTranspose.apply(lora_A) if sparse else lora_A.T  # type: ignore[no-untyped-call]
     h = F.embedding(  # (..., R)
         index, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse
