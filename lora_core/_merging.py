@@ -1,7 +1,9 @@
 """Adding the active updates to the weights, and handing the originals back bit for bit."""
 
 import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +11,28 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._adapters import layers_with, swap
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Merged, non_finite
+from lora_core._layers import LoRAMixin, Merged
 from lora_core._reports import MergeReport
 
 _SAMPLED_ROWS = 16
-_CHECKED_TOGETHER = 8  # adapters of a layer
+# numbers that are looked at together: enough that thousands of tiny layers are few operations, and
+# so few that an in-place merge needs less memory than a layer
+_CHECKED_TOGETHER = 2**14
+_SAMPLED_TOGETHER = 2**17
+
+
+class _Sample(NamedTuple):
+    """Some rows of a layer, to tell by them what rounding lost.
+
+    Attributes:
+        old: The weight before.
+        new: The weight after.
+        update: What was to be added, as matrices whose product it is.
+    """
+
+    old: Tensor
+    new: Tensor
+    update: tuple[Tensor, ...]
 
 
 def merge(
@@ -145,13 +164,14 @@ def _to_merge(model: nn.Module) -> dict[str, LoRAMixin]:
 
 def _tied(model: nn.Module, layers: dict[str, LoRAMixin]) -> dict[str, str]:
     """Layers whose weight shares memory with another parameter or a buffer, with its name."""
+    weights = {_storage(layer.weight) for layer in layers.values()}
     holders: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
     for module_name, module in model.named_modules():
-        for name, p in [*module._parameters.items(), *module._buffers.items()]:
+        for name, p in (*module._parameters.items(), *module._buffers.items()):
             # a sparse tensor has no storage of its own to share
-            if p is not None and p.layout == torch.strided:
+            if p is not None and p.layout == torch.strided and (key := _storage(p)) in weights:
                 label = f"{module_name}.{name}".lstrip(".")
-                holders.setdefault(_storage(p), []).append((module, label, p))
+                holders.setdefault(key, []).append((module, label, p))
     found = {}
     for name, layer in layers.items():
         for module, label, p in holders.get(_storage(layer.weight), ()):
@@ -163,7 +183,7 @@ def _tied(model: nn.Module, layers: dict[str, LoRAMixin]) -> dict[str, str]:
 
 def _storage(p: Tensor) -> int:
     # a tensor without memory is tied only to itself
-    return (0 if p.device.type == "meta" else p.untyped_storage().data_ptr()) or id(p)
+    return (0 if p.is_meta else p.untyped_storage().data_ptr()) or id(p)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
@@ -182,14 +202,13 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 def _check_factors(layers: dict[str, LoRAMixin]) -> None:
     """Refuses non-finite factors and strengths: cheap, and before any large product."""
-    factors = [
-        (f"{name}.{adapter}", layer.factors(adapter))
+    factors = (
+        (f"{name}.{adapter}", factor)
         for name, layer in layers.items()
         for adapter in layer.lora_selection.names
-    ]
-    # some at a time: the check copies them, and all together may be larger than a weight
-    few = range(0, len(factors), _CHECKED_TOGETHER)
-    bad = [n for i in few for n in non_finite(dict(factors[i : i + _CHECKED_TOGETHER]))]
+        for factor in layer.factors(adapter)
+    )
+    bad = list(dict.fromkeys(n for batch in _batches(factors) for n in _non_finite(batch)))
     if bad:
         raise MergeError(
             f"An adapter must be finite to be merged, but {listed(bad)} holds NaN or infinity."
@@ -197,22 +216,62 @@ def _check_factors(layers: dict[str, LoRAMixin]) -> None:
         )
 
 
-def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, float]:
-    weight, linear = layer.weight, _linear_in_weight(layer)
+def _batches(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """As many tensors at a time as have `_CHECKED_TOGETHER` numbers, one at least."""
+    batch, numbers = [], 0
+    for item in named:
+        if item[1].numel() >= _CHECKED_TOGETHER:  # joined to others it would be copied
+            yield [item]
+            continue
+        batch.append(item)
+        numbers += item[1].numel()
+        if numbers >= _CHECKED_TOGETHER:
+            yield batch
+            batch, numbers = [], 0
+    yield batch
+
+
+def _non_finite(batch: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those that hold NaN or infinity; few operations where none does."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+    for name, t in batch:
+        groups.setdefault((t.device, t.dtype), []).append((name, t.detach()))
+    bad = []
+    for group in groups.values():
+        one = len(group) == 1
+        whole = group[0][1] if one else torch.cat([t.reshape(-1) for _, t in group])
+        if not _is_finite(whole):
+            bad += [name for name, t in group if one or not _is_finite(t)]
+    return bad
+
+
+def _check_merged(batch: Iterable[tuple[str, Tensor]]) -> None:
+    batch = list(batch)
+    bad = _non_finite(batch)
+    if bad:
+        raise MergeError(
+            f"A merged weight must be finite, but that of {bad[0]!r} overflows"
+            f" {dict(batch)[bad[0]].dtype} or its base is not finite. Nothing was changed; use a"
+            " smaller strength or a wider dtype."
+        )
+
+
+def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, _Sample]:
+    """The merged weight, not yet checked, and a sample of it."""
+    weight = layer.weight
+    update: tuple[Tensor, ...]
     if _sums_in_product(layer):
-        lora_A, lora_B, asked = _scaled(layer)
+        lora_A, lora_B, rows = _scaled(layer)
         new = torch.addmm(weight, lora_B, lora_A)
+        update = (rows, lora_A)
     else:
         delta = layer.delta()
-        asked, new = _sampled(delta).double(), functional.merged_weight(weight, delta)
-    if not _is_finite(new):
-        raise MergeError(
-            f"A merged weight must be finite, but that of {name!r} overflows {new.dtype} or its"
-            " base is not finite. Nothing was changed; use a smaller strength or a wider dtype."
-        )
-    if not linear:
-        new = _probed(name, layer, new, delta)
-    return new, _lost(_sampled(weight).double(), new, asked)
+        new = functional.merged_weight(weight, delta)
+        if not _linear_in_weight(layer):
+            _check_merged([(name, new)])
+            new = _probed(name, layer, new, delta)
+        update = (_sampled(delta).clone(),)  # all the rest of it may go
+    return new, _Sample(_sampled(weight), _sampled(new), update)
 
 
 def _sums_in_product(layer: LoRAMixin) -> bool:
@@ -229,10 +288,11 @@ def _sums_in_product(layer: LoRAMixin) -> bool:
 
 
 def _scaled(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
-    """The stacked lora_A, the stacked and scaled lora_B, and a sample of their product."""
-    lora_A, lora_B, gain = (f.to(layer.weight.dtype) for f in layer.stacked())
-    lora_B = lora_B * gain
-    return lora_A, lora_B, _sampled(lora_B).double() @ lora_A.double()
+    """The stacked lora_A, the stacked and scaled lora_B, and some rows of that."""
+    lora_A, lora_B, gain = layer.stacked()
+    dtype = layer.weight.dtype
+    lora_B = lora_B.to(dtype) * gain.to(dtype)
+    return lora_A.to(dtype), lora_B, _sampled(lora_B)
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -282,22 +342,42 @@ def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
 
 
 def _sampled(values: Tensor) -> Tensor:
-    return values[:: -(-len(values) // _SAMPLED_ROWS) or 1]
+    step = -(-values.shape[0] // _SAMPLED_ROWS)
+    return values[::step] if step > 1 else values
 
 
-def _lost(old: Tensor, new: Tensor, asked: Tensor) -> float:
-    """The share of an update that rounding lost; `old` and `asked` are samples of theirs."""
-    arrived = _sampled(new).double() - old
-    norm = asked.norm()
-    return float((asked - arrived).norm() / norm) if norm > 0 else 0.0
+def _lost(samples: Mapping[str, _Sample]) -> dict[str, float]:
+    """The share of each update that rounding lost; those of one shape are worked out together."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, (old, new, update) in samples.items():
+        shape = tuple((f.shape, f.dtype, f.device) for f in (old, new, *update))
+        groups.setdefault(shape, []).append(name)
+    lost: dict[str, float] = {}
+    for group in groups.values():
+        step = _SAMPLED_TOGETHER // (samples[group[0]].new.numel() or 1) or 1
+        for some in (group[i : i + step] for i in range(0, len(group), step)):
+            rows = [(s.old, s.new, *s.update) for s in map(samples.__getitem__, some)]
+            old, new, *factors = (torch.stack(c).double() for c in zip(*rows, strict=True))
+            asked = factors[0] @ factors[1] if len(factors) > 1 else factors[0]
+            off, norm = ((v.flatten(1).norm(dim=1)) for v in (asked - (new - old), asked))
+            shares = torch.where(norm > 0, off / norm, 0.0).tolist()
+            lost.update(zip(some, shares, strict=True))
+    return {name: lost[name] for name in samples}
 
 
 def _merge_reversibly(
     layers: dict[str, LoRAMixin], tied: set[str], keep: torch.device | None
 ) -> dict[str, float]:
-    new, loss = {}, {}
-    for name, layer in layers.items():
-        new[name], loss[name] = _new_weight(name, layer)
+    new, samples = {}, {}
+
+    def made() -> Iterator[tuple[str, Tensor]]:
+        for name, layer in layers.items():
+            new[name], samples[name] = _new_weight(name, layer)
+            yield name, new[name]
+
+    for batch in _batches(made()):  # while they are in the cache
+        _check_merged(batch)
+    loss = _lost(samples)
     kept = {n: m.weight.data if keep is None else m.weight.data.to(keep) for n, m in layers.items()}
     with ExitStack() as undo:
         for name, layer in layers.items():
@@ -321,14 +401,16 @@ def _merge_in_place(
         if _linear_in_weight(layer):
             _refuse_overflow(name, layer)
         else:  # only the sum itself can be tried
-            _new_weight(name, layer)
-    loss = {}
+            _check_merged([(name, _new_weight(name, layer)[0])])
+    loss: dict[str, float] = {}
     for name, layer in layers.items():
         state = Merged(_chosen(layer), None)
         if _sums_in_product(layer):
-            loss[name] = _add_in_place(layer, state)
+            loss |= _lost({name: _add_in_place(layer, state)})
             continue
-        new, loss[name] = _new_weight(name, layer)
+        new, sample = _new_weight(name, layer)
+        _check_merged([(name, new)])
+        loss |= _lost({name: sample})
         try:
             layer.weight.copy_(new)
             layer.lora_merged = state
@@ -339,10 +421,10 @@ def _merge_in_place(
     return loss
 
 
-def _add_in_place(layer: LoRAMixin, state: Merged) -> float:
-    lora_A, lora_B, asked = _scaled(layer)
+def _add_in_place(layer: LoRAMixin, state: Merged) -> _Sample:
+    lora_A, lora_B, rows = _scaled(layer)
     weight = layer.weight
-    old, version = _sampled(weight).to(torch.float64, copy=True), weight._version
+    old, version = _sampled(weight).clone(), weight._version
     try:
         weight.addmm_(lora_B, lora_A)
         layer.lora_merged = state
@@ -350,7 +432,7 @@ def _add_in_place(layer: LoRAMixin, state: Merged) -> float:
         if weight._version != version:
             layer.lora_merged = state
         raise
-    return _lost(old, weight, asked)
+    return _Sample(old, _sampled(weight), (rows, lora_A))
 
 
 def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
@@ -363,7 +445,7 @@ def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
     low, high = layer.weight.aminmax()
     largest = torch.maximum(-low, high).double()
     if not bool(largest + bound < torch.finfo(layer.weight.dtype).max / 2):
-        _new_weight(name, layer)
+        _check_merged([(name, _new_weight(name, layer)[0])])
 
 
 def _chosen(layer: LoRAMixin) -> dict[str, float]:

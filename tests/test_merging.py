@@ -119,6 +119,30 @@ def test_keep_moves_the_originals_and_still_restores_them() -> None:
     assert_bits(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_large_weights_are_merged_to_the_same_bits_and_each_has_its_own_storage(dtype):
+    torch.manual_seed(0)
+    sizes = [(900, 700), (5, 3), (1, 7), (700, 900), (900, 700)]
+    model = nn.Sequential(*[nn.Linear(i, o, dtype=dtype) for i, o in sizes]).eval()
+    lora_core.inject(model, rank=1, targets=nn.Linear, name="style")
+    train_pretend(model, "style")
+    plain, whole = weights(model), copy.deepcopy(model)
+    lost = lora_core.merge(model).loss
+    assert lora_core.merge(whole, reversible=False).loss == pytest.approx(lost, rel=1e-6, abs=1e-12)
+    assert_bits(model, weights(whole))
+    storages = [layer.weight.untyped_storage() for layer in model]
+    assert len({s.data_ptr() for s in storages}) == len(model)
+    assert [s.nbytes() for s in storages] == [layer.weight.nbytes for layer in model]
+    twin = pickle.loads(pickle.dumps(model))
+    assert_bits(twin, weights(model))
+    layer = model[0]
+    merged = layer.weight.detach()
+    before = merged.clone()
+    lora_core.unmerge(model)
+    assert_bits(model, plain)
+    assert torch.equal(merged, before)  # whoever holds one keeps it
+
+
 def test_only_active_adapters_are_merged_at_their_strengths() -> None:
     model, x = adapted(torch.float64), torch.randn(4, 6, dtype=torch.float64)
     lora_core.inject(model, rank=1, targets=nn.Linear, name="other")
