@@ -21,7 +21,7 @@ def child(work: Callable[[], None]) -> str:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(20)  # the end of one that is stuck
+        signal.alarm(10)  # the end of one that is stuck
         try:
             work()
             said = "fine"
@@ -111,7 +111,7 @@ def a_child_works_though_a_thread_was_switching_adapters(kind: Kind) -> str:
 
     work = every_verb(kind, model)
     with inside(switch):
-        said = {child(work) for _ in range(5)}
+        said = {child(work) for _ in range(3)}
     return said.pop() if len(said) == 1 else repr(said)
 
 
@@ -147,10 +147,13 @@ LAWS = (
 
 def main() -> None:
     torch.set_num_threads(1)
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, str]] = {law.__name__: {} for law in LAWS}
     for law in LAWS:
+        mine = found[law.__name__]
         for name, kind in ZOO.items():
-            found.setdefault(law.__name__, {})[name] = law(kind)
+            # one that is stuck takes its time, and so would the others
+            stuck = any("ended by signal" in said for said in mine.values())
+            mine[name] = "not tried: another is stuck" if stuck else law(kind)
     print(json.dumps(found))
 
 

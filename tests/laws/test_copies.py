@@ -9,7 +9,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lora_core import disabled, eject, parameters, scales
-from tests.laws.zoo import adapter_keys, bits, flags, gradients, moves, same_bits
+from tests.laws.zoo import bits, flags, gradients, moves, same_bits, trained_keys
 
 
 def pickled(model):
@@ -104,7 +104,7 @@ def test_a_moving_average_follows_the_adapters_and_leaves_the_base(kind):
             p.add_(torch.randn_like(p))
     average.update_parameters(model)
 
-    mine, host = set(adapter_keys(model)), bits(kind.bare())
+    mine, host = set(trained_keys(model)), bits(model)
     for key, value in bits(average.module).items():
         if key in mine:
             expected = 0.75 * first[key] + 0.25 * model.state_dict()[key]

@@ -44,7 +44,7 @@ def while_another_thread(does: Callable[[], None], work: Callable[[], None]) -> 
 
 def test_forwards_in_threads_are_bit_equal_to_serial_ones(kind):
     model = kind.adapted().eval()
-    batches = [kind.sample(seed=seed) for seed in range(64)]
+    batches = [kind.sample(seed=seed) for seed in range(32)]
     with torch.no_grad():
         serial = [model(x) for x in batches]
 
@@ -101,7 +101,7 @@ def test_while_a_thread_switches_adapters_every_output_is_one_selections(kind):
 
     @torch.no_grad()
     def call():
-        for _ in range(200):
+        for _ in range(80):
             seen.add(which(model(x), outputs))
 
     while_another_thread(switch, call)
@@ -121,7 +121,7 @@ def test_while_a_thread_enters_and_leaves_blocks_every_output_is_one_selections(
 
     @torch.no_grad()
     def call():
-        for _ in range(200):
+        for _ in range(80):
             seen.add(which(model(x), outputs))
 
     while_another_thread(look, call)

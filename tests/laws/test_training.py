@@ -76,15 +76,21 @@ def test_reentrant_checkpointing_of_frozen_inputs_is_never_silent(kind):
     assert all(p.grad.abs().max() > 0 for p in parameters(model))
 
 
-def test_what_is_injected_in_inference_mode_trains(kind):
+def test_what_is_injected_and_chosen_in_inference_mode_trains(kind):
+    def chosen(model):
+        kind.inject(model)
+        kind.inject(model, "second", seed=17)
+        scales(model, default=0.5, second=0.25)
+        return model
+
     model, x = kind.bare(), kind.sample()
     with torch.inference_mode():
-        kind.inject(model)
-        scales(model, default=0.5)
-        model(x)
-    assert not any(p.is_inference() for p in model.parameters())
-    expected = kind.adapted()
-    scales(expected, default=0.5)
+        chosen(model)(x)
+    assert not any(t.is_inference() for t in model.state_dict().values())
+    expected = chosen(kind.bare())
+    for part in (model, expected):
+        for p in parameters(part):
+            p.requires_grad_()
     for mine, theirs in zip(gradients(model, x), gradients(expected, x), strict=True):
         assert theirs.abs().max() > 0
         assert torch.equal(mine, theirs)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from lora_core import scales
-from tests.laws.zoo import adapter_keys, gradients, loss_of
+from tests.laws.zoo import gradients, loss_of, trained_keys
 
 
 def test_functional_call_uses_the_tensors_it_is_given(kind):
@@ -18,7 +18,7 @@ def test_functional_call_uses_the_tensors_it_is_given(kind):
     assert torch.equal(got, other.eval()(x))
     assert torch.equal(model(x), before)
     # and the adapters alone
-    mine = {n: values[n] for n in adapter_keys(model)}
+    mine = {n: values[n] for n in trained_keys(model)}
     twin = copy.deepcopy(model)
     twin.load_state_dict(mine, strict=False)
     got = torch.func.functional_call(model, mine, (x,))
@@ -28,7 +28,7 @@ def test_functional_call_uses_the_tensors_it_is_given(kind):
 
 def test_per_sample_gradients_by_vmap_are_the_loops(kind):
     model, x = kind.adapted(torch.float64).eval(), kind.sample(4, torch.float64)
-    values = {n: model.get_parameter(n).detach() for n in adapter_keys(model)}
+    values = {n: model.get_parameter(n).detach() for n in trained_keys(model)}
 
     def loss(values, sample):
         return loss_of(torch.func.functional_call(model, values, (sample[None],)))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import lora_core
-from tests.laws.zoo import adapter_keys, bits, flags, moves, same_bits
+from tests.laws.zoo import adapter_keys, bits, flags, moves, same_bits, trained_keys
 
 
 def test_a_row_builds_the_same_model_and_adapter_each_time(kind):
@@ -23,8 +23,9 @@ def test_a_rows_adapter_shows_in_the_output_of_every_sample(kind):
 
 def test_a_row_has_host_parameters_that_no_adapter_touches_and_a_buffer(kind):
     model = kind.adapted()
-    mine = set(adapter_keys(model))
+    mine = set(trained_keys(model))
     assert mine
+    assert mine <= set(adapter_keys(model))
     assert set(flags(model)) - mine
     assert all(train is (n in mine) for n, train in flags(model).items())
     assert list(model.buffers())

@@ -122,6 +122,11 @@ ZOO: dict[str, Kind] = {
 
 
 def adapter_keys(model: nn.Module) -> list[str]:
+    """What a state dict holds of the adapters, what never trains included."""
+    return [n for n in model.state_dict() if any(s.startswith("lora_") for s in n.split("."))]
+
+
+def trained_keys(model: nn.Module) -> list[str]:
     """The names of the adapters' parameters, in the order of the model."""
     mine = {id(p) for p in lora_core.parameters(model)}
     return [n for n, p in model.named_parameters() if id(p) in mine]
