@@ -50,7 +50,8 @@ def test_checkpointing_gives_the_gradients_of_a_plain_call(kind, reentrant):
     again = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=reentrant))
     for mine, theirs in zip(again, plain, strict=True):
         assert theirs.abs().max() > 0
-        assert torch.equal(mine, theirs)
+        # the re-entrant form runs its forward without gradients, which may take other kernels
+        assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpointing_needs_no_input_that_takes_a_gradient(kind):
@@ -81,7 +82,7 @@ def test_what_is_injected_and_chosen_in_inference_mode_trains(kind):
         kind.inject(model)
         kind.inject(model, "second", seed=17)
         scales(model, default=0.5, second=0.25)
-        return model
+        return model.eval()
 
     model, x = kind.bare(), kind.sample()
     with torch.inference_mode():

@@ -15,19 +15,25 @@ def test_functional_call_uses_the_tensors_it_is_given(kind):
     before = model(x)
     values = {n: t.detach().clone() for n, t in other.state_dict().items()}
     got = torch.func.functional_call(model, values, (x,))
-    assert torch.equal(got, other.eval()(x))
+    assert_close(got, other.eval()(x))
     assert torch.equal(model(x), before)
     # and the adapters alone
     mine = {n: values[n] for n in trained_keys(model)}
     twin = copy.deepcopy(model)
     twin.load_state_dict(mine, strict=False)
     got = torch.func.functional_call(model, mine, (x,))
-    assert torch.equal(got, twin(x))
+    assert_close(got, twin(x))
     assert not torch.allclose(got, before)
 
 
+# of kernels that vmap runs in a loop, the host's own
+SLOW_VMAP = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+
+@SLOW_VMAP
 def test_per_sample_gradients_by_vmap_are_the_loops(kind):
     model, x = kind.adapted(torch.float64).eval(), kind.sample(4, torch.float64)
+    kind.excuse("vmap")
     values = {n: model.get_parameter(n).detach() for n in trained_keys(model)}
 
     def loss(values, sample):
@@ -41,7 +47,9 @@ def test_per_sample_gradients_by_vmap_are_the_loops(kind):
             assert_close(got[name][row], gradient)
 
 
+@SLOW_VMAP
 def test_a_stack_of_models_runs_as_an_ensemble(kind):
+    kind.excuse("vmap")
     models = [kind.inject(kind.bare(), seed=seed).eval() for seed in range(3)]
     x = kind.sample()
     params, buffers = torch.func.stack_module_state(models)
@@ -59,6 +67,7 @@ def test_a_stack_of_models_runs_as_an_ensemble(kind):
 def test_compiled_as_one_graph_it_computes_and_learns_the_same(kind):
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    kind.excuse("compile")
     torch._dynamo.reset()
     model, x = kind.adapted().eval(), kind.sample()
     counter = CompileCounterWithBackend("aot_eager")
@@ -78,6 +87,8 @@ def test_compiled_as_one_graph_it_computes_and_learns_the_same(kind):
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_computes_the_same_for_every_batch(kind, strict):
     model, x = kind.adapted().eval(), kind.sample()
+    if strict:
+        kind.excuse("strict export")
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict)
     assert not any("lora_core" in str(node.target) for node in program.graph.nodes)
@@ -87,8 +98,9 @@ def test_an_exported_program_computes_the_same_for_every_batch(kind, strict):
         assert_close(program.module()(x), model(x))
 
 
-# torch.jit is on its way out and says so
+# torch.jit is on its way out and says so; of a host's own shape checks it warns as well
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_module_computes_the_same_for_every_batch(kind):
     model = kind.adapted().eval()
     traced = torch.jit.trace(model, (kind.sample(),))

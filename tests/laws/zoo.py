@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -67,14 +68,18 @@ class Kind:
         build: Makes a bare model in float32.
         options: What `inject` is called with.
         inputs: Makes an input of so many samples, the batch first.
-        excused: Laws that do not hold and why: "merge", or one that the bare model breaks itself.
-            A test holds each of them to its word.
+        excused: What does not work and why: "merge", or what the bare model can't do itself.
     """
 
     build: Callable[[], nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[int], Tensor] = vectors
     excused: Mapping[str, str] = field(default_factory=dict)
+
+    def excuse(self, what: str) -> None:
+        """Skips the test if the bare model can't do this either."""
+        if what in self.excused:
+            pytest.skip(f"{what}: {self.excused[what]}")
 
     def bare(self, seed: int = 7, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model without adapters; the same one for the same seed."""
@@ -165,6 +170,11 @@ def gradients(
         p.grad = None
     assert all(g is not None for g in found), "a factor got no gradient"
     return found  # type: ignore[return-value]
+
+
+def plain(kind: Kind, x: Tensor, seed: int = 7) -> Tensor:
+    """What the bare model gives, its parameters frozen: torch takes other kernels if they are."""
+    return kind.bare(seed).requires_grad_(requires_grad=False).eval()(x)
 
 
 def moves(model: nn.Module, x: Tensor) -> bool:
