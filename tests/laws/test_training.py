@@ -169,13 +169,15 @@ def test_an_adapter_that_is_switched_off_keeps_still_and_learns_again(kind):
 def test_every_verb_keeps_every_training_flag(kind, tmp_path, training):
     model = kind.bare().train(training)
     model.act.train(not training)
-    modes = [m.training for m in model.modules()]
+    modes = [(m, m.training) for m in model.modules()]
 
     def kept():
-        return [m.training for m in model.modules()] == modes
+        return all(m.training is mode for m, mode in modes)
 
     kind.inject(model)
     assert kept()
+    # what an adapter brings along does as its site does
+    assert all(m.training is training for m in model.site.modules())
     save(model, tmp_path / "a.safetensors")
     with disabled(model), scales(model, default=0.5):
         assert kept()
