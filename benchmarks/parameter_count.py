@@ -167,7 +167,7 @@ def adapter_bytes(model: nn.Module, name: str = "default") -> int:
     layers = {}
     for host_name, host in hosts.items():
         config = host.lora_configs[name]
-        layers[host_name] = native.FileLayer(*host.factors(name), config.alpha, config.dropout)
+        layers[host_name] = native.FileLayer(host.lora_kind, config, host.lora_stored(name))
     return file_bytes(*native.encode(native.AdapterFile(name, layers, fingerprint(hosts), {})))
 
 

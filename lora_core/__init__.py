@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from lora_core._injection import eject as eject
     from lora_core._injection import inject as inject
     from lora_core._injection import plan as plan
+    from lora_core._layers import LoRAConv1d as LoRAConv1d
+    from lora_core._layers import LoRAConv2d as LoRAConv2d
+    from lora_core._layers import LoRAConv3d as LoRAConv3d
+    from lora_core._layers import LoRAEmbedding as LoRAEmbedding
     from lora_core._layers import LoRALinear as LoRALinear
     from lora_core._layers import explain as explain
     from lora_core._merging import merge as merge
@@ -59,7 +63,10 @@ _ROOMS = {
     ),
     "_files": ("load", "save"),
     "_injection": ("eject", "inject", "plan"),
-    "_layers": ("LoRALinear", "explain"),
+    "_layers": (
+        *("LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRAEmbedding", "LoRALinear"),
+        "explain",
+    ),
     "_merging": ("merge", "unmerge"),
     "_training": ("limit_norm", "parameter_groups", "trainable"),
 }

@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,15 +19,21 @@ from lora_core._errors import (
     UnsupportedLayerError,
     listed,
 )
-from lora_core._layers import LoRAMixin, Selection
+from lora_core._layers import CHILD, LoRAMixin, LoRAWeight, Selection, Strength
 from lora_core._reports import AdapterSummary, Summary, count
-
-_NONE = Selection((), (), ())
 
 
 def clean(name: str) -> str:
-    """A module's dotted name without what `torch.compile` puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """A module's dotted name without what `torch.compile`, or an adapted parameter, puts into it.
+
+    Example:
+        >>> clean("_orig_mod.attn.lora_at_q_proj_weight"), clean("attn.out_proj.lora_at")
+        ('attn.q_proj_weight', 'attn.out_proj')
+    """
+    if "_orig_mod" not in name and CHILD not in name:
+        return name
+    parts = (part for part in name.split(".") if part not in ("_orig_mod", CHILD))
+    return ".".join(part.removeprefix(f"{CHILD}_") for part in parts)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRAMixin]:
@@ -78,8 +84,8 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
 
     Raises:
         AdapterError: If there is no such adapter, or none at all.
-        UnsupportedLayerError: If one stands where nothing would call it, so that its factors
-            would never get a gradient.
+        UnsupportedLayerError: If a layer was placed by hand where nothing would call it, so that
+            its factors would never get a gradient.
 
     Example:
         >>> from lora_core import LoRALinear
@@ -98,11 +104,11 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
             " nn.MultiheadAttention reads its weight itself. Put the plain layer back."
         )
     return [
-        factor
+        part
         for layer in layers.values()
         for adapter in layer.lora_configs
         if name in (None, adapter)
-        for factor in layer.factors(adapter)
+        for part in layer.lora_trained_parts(adapter).values()
     ]
 
 
@@ -112,7 +118,7 @@ def summary(model: nn.Module) -> Summary:
     adapters = []
     for name in adapter_names(layers):
         mine = {n: m for n, m in layers.items() if name in m.lora_configs}
-        factors = [factor for m in mine.values() for factor in m.factors(name)]
+        factors = [part for m in mine.values() for part in m.lora_parts(name).values()]
         strengths = (_strengths(m)[name] for m in mine.values() if name in _strengths(m))
         adapters.append(
             AdapterSummary(
@@ -137,10 +143,11 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _strengths(layer: LoRAMixin) -> dict[str, float]:
+def _strengths(layer: LoRAMixin) -> Mapping[str, Strength]:
     """The strengths that a layer's output shows: those merged in, or those selected."""
     if layer.lora_merged is not None:
-        return layer.lora_merged.strengths
+        merged: Mapping[str, Strength] = layer.lora_merged.strengths
+        return merged
     return dict(zip(*layer.lora_selection[:2], strict=True))
 
 
@@ -242,32 +249,35 @@ def _restored(layer: LoRAMixin, found: _Found, now: Selection) -> Selection:
 
     Adapters that came in the meantime stay as active as they are `now`.
     """
-    names, strengths, gains = found.selection
+    names, strengths, gains, bank = found.selection
     here = {n for n, c in layer.lora_configs.items() if found.adapters.get(n) is c}
     new = {name: s for name, s in zip(*now[:2], strict=True) if name not in here}
     weight = layer.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     fit = all((gain.device, gain.dtype) == (weight.device, wide) for gain in gains)
-    if not new and fit and here.issuperset(names):
+    whole = list(found.adapters) == list(layer.lora_configs) and len(here) == len(bank)
+    if not new and fit and whole and here.issuperset(names):
         return found.selection
     old = {name: s for name, s in zip(names, strengths, strict=True) if name in here}
-    return layer.select({**old, **new})
+    return layer.lora_select({**old, **new})
 
 
 def _hide(layer: LoRAMixin) -> None:
     """Shows the original values of a merged layer."""
     state = layer.lora_merged
     if state is not None and state.merged is None and state.kept is not None:
-        layer.lora_merged = state._replace(merged=layer.weight.data)
-        swap(layer.weight, state.kept)
+        layer.lora_merged = state._replace(
+            merged=layer.lora_held(), merged_bias=layer.lora_held_bias()
+        )
+        layer.lora_put(state.kept, state.bias)
 
 
 def _show(layer: LoRAMixin) -> None:
     """Shows the merged values again."""
     state = vars(layer).get("lora_merged")
     if state is not None and state.merged is not None:
-        swap(layer.weight, state.merged)
-        layer.lora_merged = state._replace(merged=None)
+        layer.lora_put(state.merged, None if state.bias is None else state.merged_bias)
+        layer.lora_merged = state._replace(merged=None, merged_bias=None)
 
 
 class Scales(_Scope, AbstractContextManager["Scales"]):
@@ -277,9 +287,9 @@ class Scales(_Scope, AbstractContextManager["Scales"]):
         strengths: The active adapters and their strengths.
     """
 
-    def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, float]) -> None:
+    def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Strength]) -> None:
         self.strengths = dict(strengths)
-        self._chosen = [(layer, layer.select(self.strengths)) for layer in layers.values()]
+        self._chosen = [(layer, layer.lora_select(self.strengths)) for layer in layers.values()]
         self._choose(entered=False)
 
     def _choose(self, *, entered: bool) -> None:
@@ -297,7 +307,7 @@ class Scales(_Scope, AbstractContextManager["Scales"]):
         super().undo()
 
     def __repr__(self) -> str:
-        inner = ", ".join(f"{name}={value:g}" for name, value in self.strengths.items())
+        inner = ", ".join(f"{name}={shown(s)}" for name, s in self.strengths.items())
         return f"scales({inner})"
 
     def __enter__(self) -> Self:
@@ -328,20 +338,37 @@ class Scales(_Scope, AbstractContextManager["Scales"]):
         self.undo()
 
 
-def scales(model: nn.Module, /, **strengths: float) -> Scales:
+Sample = str | None | Mapping[str, float]
+
+
+def scales(
+    model: nn.Module,
+    samples: Sequence[Sample] | None = None,
+    /,
+    **strengths: float | Sequence[float] | Tensor,
+) -> Scales:
     """Chooses the active adapters and their strengths, in place.
 
     The adapters named become the active ones, in this order, each multiplied by its strength on
     top of its layers' scales; all others become inactive. Works at once, and as a context manager
     that restores what it found.
 
+    A strength may be a tensor or a list with one entry for each sample of a batch; `samples` says
+    the same sample by sample. Such a mix costs what one adapter of all their ranks costs, trains
+    as well, and holds for the doubled batch of classifier-free guidance too. A layer whose input
+    has another batch (2 x samples is taken for guidance) raises when it is called.
+
     Args:
         model: A model with adapters.
+        samples: For each sample an adapter's name, a mapping of names to strengths, or None for
+            the base model.
         strengths: A strength for each adapter that is to be active.
 
     Raises:
         AdapterError: If a name is no adapter of the model.
-        ConfigError: If a strength is no finite number, or none is given.
+        ConfigError: If a strength is no finite number, numbers of samples differ, or none is given.
+        UnsupportedLayerError: If samples are told apart on an adapter in a parameter that is read,
+            which all samples share, or on one with magnitudes (DoRA).
         MergeError: If the model is merged: its weights hold the strengths that they were given.
 
     Example:
@@ -355,18 +382,27 @@ def scales(model: nn.Module, /, **strengths: float) -> Scales:
     """
     layers = layers_with(model, None)
     known = adapter_names(layers)
-    unknown = [name for name in strengths if name not in known]
+    asked: dict[str, Any] = dict(strengths)
+    if samples is not None:
+        if asked:
+            raise ConfigError(
+                "`scales` must be given samples or strengths, but got both. Put the strengths into"
+                " the samples, as in [{'style': 0.5}, None]."
+            )
+        asked = _by_adapter(samples)
+    unknown = [name for name in asked if name not in known]
     if unknown:
         raise AdapterError(
             f"`scales` must name adapters of the model, but got {listed(unknown)};"
             f" it has {listed(known)}."
         )
-    if not strengths:
+    if not asked:
         raise ConfigError(
             "`scales` must be given a strength for an adapter, but got none."
             f" Write `scales(model, {known[0]}=1.0)`, or use `disabled(model)`."
         )
-    checked = {name: check_finite(name, value) for name, value in strengths.items()}
+    checked = {name: _strength(name, value) for name, value in asked.items()}
+    _check_samples(layers, checked)
     merged = [name for name, layer in layers.items() if layer.lora_merged is not None]
     if merged:
         raise MergeError(
@@ -374,6 +410,76 @@ def scales(model: nn.Module, /, **strengths: float) -> Scales:
             " Call `unmerge(model)` first, then `scales`, then `merge`."
         )
     return Scales(layers, checked)
+
+
+def _by_adapter(samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """A list of strengths for each adapter, from what each sample asks for."""
+    if isinstance(samples, str | Mapping) or not isinstance(samples, Sequence) or not samples:
+        raise ConfigError(
+            "`samples` must be a list with a name, a mapping of names to strengths, or None for"
+            f" each sample, but is {samples!r}."
+        )
+    mixes: list[Mapping[str, float]] = []
+    for sample in samples:
+        mix = {sample: 1.0} if isinstance(sample, str) else {} if sample is None else sample
+        if not isinstance(mix, Mapping):
+            raise ConfigError(
+                "`samples` must hold names, mappings of names to strengths, or None, but holds"
+                f" {sample!r}."
+            )
+        mixes.append(mix)
+    names = dict.fromkeys(name for mix in mixes for name in mix)
+    return {name: [mix.get(name, 0.0) for mix in mixes] for name in names}
+
+
+def _strength(name: str, value: object) -> Strength:
+    """One strength, or one for each sample."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ConfigError(
+                f"`{name}` must be a strength that takes no gradient, but requires one."
+                " Pass `strength.detach()`."
+            )
+        if value.ndim > 1 or value.is_complex():
+            raise ConfigError(
+                f"`{name}` must be a number or hold one for each sample, but has shape"
+                f" {tuple(value.shape)}."
+            )
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ConfigError(f"`{name}` must hold a number for each sample, but is empty.")
+        return tuple(check_finite(name, v) for v in value)
+    return check_finite(name, value)
+
+
+def _check_samples(layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Strength]) -> None:
+    """Refuses strengths per sample that differ in number, or where samples can't be told apart."""
+    sizes = {name: len(s) for name, s in strengths.items() if isinstance(s, tuple)}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError(
+            f"Strengths must be given for one number of samples, but differ: {sizes!r}."
+        )
+    shared = [
+        f"{n} ({name})"
+        for n, layer in layers.items()
+        for name in sizes
+        if name in layer.lora_configs
+        and (isinstance(layer, LoRAWeight) or layer.lora_configs[name].dora)
+    ]
+    if shared:
+        raise UnsupportedLayerError(
+            "A strength per sample must go to layers that see samples, but"
+            f" {listed(shared)} adapts a weight that all samples share. Give one number, or eject"
+            " the adapter there."
+        )
+
+
+def shown(strength: Strength) -> str:
+    """A strength as a receipt prints it."""
+    if isinstance(strength, tuple):
+        return "(" + ", ".join(f"{s:g}" for s in strength) + ")"
+    return f"{strength:g}"
 
 
 @contextmanager
@@ -400,19 +506,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
         with _LOCK:
             for layer in layers.values():
                 if layer.lora_merged is None:
-                    layer.lora_selection = _NONE
+                    layer.lora_selection = layer.lora_select({})
                 else:
                     _hide(layer)
         yield
     finally:
         scope.undo()
-
-
-def swap(weight: Tensor, values: Tensor) -> None:
-    """Gives a Parameter other values without a copy, and lets autograd know.
-
-    A backward through a forward made before the swap raises instead of using wrong values.
-    """
-    weight.data = values.to(weight.device, weight.dtype)
-    if not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)

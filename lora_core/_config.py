@@ -13,6 +13,10 @@ from lora_core._errors import ConfigError
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva")
+SUBTRACTED = frozenset(("pissa", "olora"))  # those that begin away from zero
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """One adapter's settings on one layer.
@@ -23,6 +27,13 @@ class AdapterConfig:
         dropout: Probability of dropping an input element of the update while training.
         dtype: Type the factors are stored in.
         rslora: Whether the scale divides by the rank's square root.
+        dora: Whether the rows of the adapted weight have lengths of their own.
+        bias: Whether the adapter adds to the layer's bias.
+        tucker: Whether a convolution's update has a core of its own between two 1x1 factors.
+        rank_dropout: Probability of dropping one of the ranks for a sample while training.
+        module_dropout: Probability of leaving the whole update out of a call while training.
+        init: What the first factors were; one of `INITS`.
+        reserve_rank: Ranks that the factors have room for; None means `rank`.
 
     Reference:
         Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
@@ -33,6 +44,13 @@ class AdapterConfig:
     dropout: float
     dtype: torch.dtype
     rslora: bool = False
+    dora: bool = False
+    bias: bool = False
+    tucker: bool = False
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    init: str = "kaiming"
+    reserve_rank: int | None = None
 
     @property
     def scale(self) -> float:
@@ -42,17 +60,50 @@ class AdapterConfig:
         """
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def room(self) -> int:
+        """Ranks that the factors have room for."""
+        return self.rank if self.reserve_rank is None else self.reserve_rank
 
-def check_rank(rank: object, in_features: int, out_features: int, where: str = "") -> int:
+    @property
+    def subtracted(self) -> bool:
+        """Whether the first factors are subtracted on the fly, so that a fresh adapter is zero."""
+        return self.init in SUBTRACTED
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors that it consists of, by name, those that never train last."""
+        return (
+            *("lora_A", "lora_B"),
+            *(("lora_mid",) if self.tucker else ()),
+            *(("lora_magnitude",) if self.dora else ()),
+            *(("lora_bias",) if self.bias else ()),
+            *(("lora_A0", "lora_B0") if self.subtracted else ()),
+        )
+
+    @property
+    def plain_sum(self) -> bool:
+        """Whether the adapter is a product of factors that is added to the weight, and no more."""
+        return not self.dora and not self.bias
+
+    @property
+    def plain(self) -> bool:
+        """Whether the update is two factors and a number, at every call."""
+        return len(self.parts) == 2 and not self.rank_dropout and not self.module_dropout
+
+
+def check_rank(
+    rank: object, in_features: int, out_features: int, where: str = "", what: str = "rank"
+) -> int:
     """Returns `rank` if it is a whole number in ``1 .. min(in_features, out_features)``."""
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral):
-        raise ConfigError(f"`rank` must be a whole number, but is {rank!r}{where}.")
+        raise ConfigError(f"`{what}` must be a whole number, but is {rank!r}{where}.")
     rank, limit = int(rank), min(in_features, out_features)
     if rank < 1:
-        raise ConfigError(f"`rank` must be at least 1, but is {rank}{where}.")
+        raise ConfigError(f"`{what}` must be at least 1, but is {rank}{where}.")
     if rank > limit:
         bound = f"min(in_features, out_features) = {limit}"
-        raise ConfigError(f"`rank` must be at most {bound}, but is {rank}{where}.")
+        raise ConfigError(f"`{what}` must be at most {bound}, but is {rank}{where}.")
     return rank
 
 
@@ -80,11 +131,19 @@ def check_positive(what: str, value: object) -> float:
     return number
 
 
-def check_dropout(dropout: object) -> float:
+def check_dropout(dropout: object, what: str = "dropout") -> float:
     """Returns `dropout` as a float if it lies in [0, 1)."""
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ConfigError(f"`dropout` must be in [0, 1), but is {dropout!r}.")
+        raise ConfigError(f"`{what}` must be in [0, 1), but is {dropout!r}.")
     return float(dropout)
+
+
+def check_init(init: object) -> str:
+    """Returns `init` if it names a way to draw the first factors."""
+    if init not in INITS:
+        names = ", ".join(map(repr, INITS))
+        raise ConfigError(f"`init` must be one of {names}, but is {init!r}.")
+    return str(init)
 
 
 def check_dtype(dtype: object) -> torch.dtype | None:

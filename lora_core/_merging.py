@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_core import functional
-from lora_core._adapters import layers_with, swap
+from lora_core._adapters import layers_with
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Merged
+from lora_core._layers import KINDS, LoRAMixin, LoRAWeight, Merged
 from lora_core._reports import MergeReport
 
 _SAMPLED_ROWS = 16
@@ -72,7 +73,20 @@ def merge(
         unmerged default x 1 from 1 layers
     """
     layers = _to_merge(model)
-    tied = _tied(model, layers)
+    tied = _tied(model, {n: _weight_of(m) for n, m in layers.items()})
+    parts = [n for n in tied if isinstance(layers[n], LoRAWeight)]
+    biases = {
+        n: (m, "bias", bias)
+        for n, m in layers.items()
+        if _adds_to_bias(m) and (bias := m._parameters["bias"]) is not None
+    }
+    shared = {**{n: tied[n] for n in parts}, **_tied(model, biases)}
+    if shared:
+        names = [f"{name} (also {other})" for name, other in shared.items()]
+        raise MergeError(
+            f"A parameter must belong to one module to be merged, but {listed(names)} is shared and"
+            " would change there too. Untie it, or keep this one unmerged."
+        )
     if tied and not (untie and reversible):
         names = [f"{name} (also {other})" for name, other in tied.items()]
         raise MergeError(
@@ -87,11 +101,7 @@ def merge(
             " Call `model.to_empty(device=...)` and load the base first."
         )
     _check_factors(layers)
-    strengths = {
-        name: strength
-        for layer in layers.values()
-        for name, strength in zip(*layer.lora_selection[:2], strict=True)
-    }
+    strengths = {name: s for layer in layers.values() for name, s in _chosen(layer).items()}
     how = _merge_reversibly if reversible else _merge_in_place
     # weights made in inference mode could not be trained on after an unmerge
     with torch.inference_mode(mode=False), torch.no_grad():  # in this order: leaving turns it on
@@ -125,7 +135,8 @@ def unmerge(model: nn.Module) -> MergeReport:
         )
     with ExitStack() as undo:
         for name, layer in layers.items():
-            undo.callback(_put, layer, _own(layer), layer.weight.data, states[name])
+            bias = None if states[name].bias is None else layer.lora_held_bias()
+            undo.callback(_put, layer, _own(layer), layer.lora_held(), bias, states[name])
             _restore(layer, states[name])
         undo.pop_all()
     strengths = {name: s for state in states.values() for name, s in state.strengths.items()}
@@ -153,32 +164,66 @@ def _to_merge(model: nn.Module) -> dict[str, LoRAMixin]:
             " patched onto the instance (offloading hooks do this). Remove that patch, merge, and"
             " put it back."
         )
-    odd = [n for n, m in layers.items() if "weight" not in m._parameters]
+    mixed = [n for n, m in layers.items() if any(isinstance(s, tuple) for s in _chosen(m).values())]
+    if mixed:
+        raise MergeError(
+            f"A weight must be merged at one strength, but {listed(mixed)} has one for each sample."
+            " Choose numbers with `scales` first."
+        )
+    odd = [n for n, m in layers.items() if not _is_stored(m)]
     if odd:
         raise MergeError(
             f"A weight must be a plain Parameter to be merged, but that of {listed(odd)} is"
             " computed (parametrized or quantised). Eject, undo that, and inject again."
         )
+    coded = [n for n, m in layers.items() if _is_coded(m.weight)]
+    if coded:
+        raise MergeError(
+            f"A weight must be of plain floating numbers to be merged, but that of {listed(coded)}"
+            " is quantised: rounding to its levels would lose the update. Merge into the model it"
+            " was made from, or keep this one unmerged."
+        )
     return layers
 
 
-def _tied(model: nn.Module, layers: dict[str, LoRAMixin]) -> dict[str, str]:
-    """Layers whose weight shares memory with another parameter or a buffer, with its name."""
-    weights = {_storage(layer.weight) for layer in layers.values()}
-    holders: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+def _is_coded(weight: Tensor) -> bool:
+    wrapped: bool = is_traceable_wrapper_subclass(weight)
+    return (
+        (wrapped and type(weight).__name__ != "DTensor")
+        or not weight.is_floating_point()
+        or weight.dtype.itemsize < 2
+    )
+
+
+def _is_stored(layer: LoRAMixin) -> bool:
+    home, key = layer.lora_home()
+    return home._parameters.get(key) is not None
+
+
+# the module that a Parameter is of, its name there, and the values in question
+_Place = tuple[nn.Module, str, Tensor]
+
+
+def _tied(model: nn.Module, places: Mapping[str, _Place]) -> dict[str, str]:
+    """Those that share memory with another parameter or a buffer, with its name."""
+    wanted = {_storage(values) for _, _, values in places.values()}
+    holders: dict[int, list[tuple[nn.Module, str, str, Tensor]]] = {}
     for module_name, module in model.named_modules():
         for name, p in (*module._parameters.items(), *module._buffers.items()):
             # a sparse tensor has no storage of its own to share
-            if p is not None and p.layout == torch.strided and (key := _storage(p)) in weights:
+            if p is not None and p.layout == torch.strided and (key := _storage(p)) in wanted:
                 label = f"{module_name}.{name}".lstrip(".")
-                holders.setdefault(key, []).append((module, label, p))
+                holders.setdefault(key, []).append((module, name, label, p))
     found = {}
-    for name, layer in layers.items():
-        for module, label, p in holders.get(_storage(layer.weight), ()):
-            own = module is layer and p is layer.weight
-            if not own and (p is layer.weight or _overlap(p, layer.weight)):
-                found[name] = label
+    for layer, (home, own, values) in places.items():
+        for module, name, label, p in holders.get(_storage(values), ()):
+            if not (module is home and name == own) and (p is values or _overlap(p, values)):
+                found[layer] = label
     return found
+
+
+def _weight_of(layer: LoRAMixin) -> _Place:
+    return (*layer.lora_home(), layer.weight)
 
 
 def _storage(p: Tensor) -> int:
@@ -206,7 +251,7 @@ def _check_factors(layers: dict[str, LoRAMixin]) -> None:
         (f"{name}.{adapter}", factor)
         for name, layer in layers.items()
         for adapter in layer.lora_selection.names
-        for factor in layer.factors(adapter)
+        for factor in layer.lora_parts(adapter).values()
     )
     bad = list(dict.fromkeys(n for batch in _batches(factors) for n in _non_finite(batch)))
     if bad:
@@ -256,6 +301,22 @@ def _check_merged(batch: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
+def _adds_to_bias(layer: LoRAMixin) -> bool:
+    return any(layer.lora_configs[name].bias for name in layer.lora_selection.names)
+
+
+def _new_bias(name: str, layer: LoRAMixin) -> Tensor | None:
+    """The merged bias, checked; None where no active adapter adds to it."""
+    if not _adds_to_bias(layer):
+        return None
+    bias, delta = layer._parameters["bias"], layer.lora_bias_delta()
+    assert bias is not None
+    assert delta is not None
+    new = functional.merged_weight(bias, delta)
+    _check_merged([(name, new)])
+    return new
+
+
 def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, _Sample]:
     """The merged weight, not yet checked, and a sample of it."""
     weight = layer.weight
@@ -265,11 +326,11 @@ def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, _Sample]:
         new = torch.addmm(weight, lora_B, lora_A)
         update = (rows, lora_A)
     else:
-        delta = layer.delta()
+        delta = layer.lora_delta()
         new = functional.merged_weight(weight, delta)
         if not _linear_in_weight(layer):
             _check_merged([(name, new)])
-            new = _probed(name, layer, new, delta)
+            _probe(name, layer, new)
         update = (_sampled(delta).clone(),)  # all the rest of it may go
     return new, _Sample(_sampled(weight), _sampled(new), update)
 
@@ -279,7 +340,9 @@ def _sums_in_product(layer: LoRAMixin) -> bool:
     weight = layer.weight
     return (
         _linear_in_weight(layer)
-        and not layer.transposed
+        and layer.lora_matrix(weight) is weight
+        and weight.ndim == 2
+        and all(layer.lora_configs[n].plain_sum for n in layer.lora_selection.names)
         and type(weight) is nn.Parameter
         and weight.dtype in (torch.float32, torch.float64)  # the product's own rounding is theirs
         and weight.is_contiguous()
@@ -289,7 +352,7 @@ def _sums_in_product(layer: LoRAMixin) -> bool:
 
 def _scaled(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
     """The stacked lora_A, the stacked and scaled lora_B, and some rows of that."""
-    lora_A, lora_B, gain = layer.stacked()
+    lora_A, lora_B, gain = layer.lora_stacked()
     dtype = layer.weight.dtype
     lora_B = lora_B.to(dtype) * gain.to(dtype)
     return lora_A.to(dtype), lora_B, _sampled(lora_B)
@@ -301,11 +364,15 @@ def _is_finite(values: Tensor) -> bool:
 
 
 def _linear_in_weight(layer: LoRAMixin) -> bool:
-    return layer.transposed or layer.host_class.forward is nn.Linear.forward
+    """Whether the host's forward is one that is known to be."""
+    return layer.lora_linear_in_weight or any(
+        issubclass(layer.host_class, kind) and layer.host_class.forward is kind.forward
+        for kind in KINDS
+    )
 
 
-def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
-    """`new`, if the host's own forward makes of it what the update adds."""
+def _probe(name: str, layer: LoRAMixin, new: Tensor) -> None:
+    """Raises unless the host's own forward makes of a new weight what the update adds."""
     taken = list(inspect.signature(layer.host_class.forward).parameters.values())
     many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     options = [str(p) for i, p in enumerate(taken) if i > 1 or p.kind in many]
@@ -316,8 +383,7 @@ def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
             " update might not follow. Nothing was changed; keep this layer unmerged."
         )
     weight = _own(layer)
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(4, delta.shape[1], generator=generator).to(weight.device, weight.dtype)
+    x = layer.lora_probe(torch.Generator("cpu").manual_seed(0))
     try:
         before = layer.host_class.forward(layer, x)
         layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
@@ -329,7 +395,7 @@ def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
             f"A host must return a tensor to be merged, but {layer.host_class.__name__} at {name!r}"
             f" returns {type(before).__name__}. Nothing was changed; keep this layer unmerged."
         )
-    asked, got = x.double() @ delta.double().T, after.double() - before.double()
+    asked, got = layer.lora_addition(x, before), after.double() - before.double()
     eps = torch.finfo(weight.dtype).eps
     bound = 64 * eps * float(before.double().norm() + asked.norm())
     if not bool((asked - got).norm() <= bound):
@@ -338,7 +404,6 @@ def _probed(name: str, layer: LoRAMixin, new: Tensor, delta: Tensor) -> Tensor:
             f" {layer.host_class.__name__} at {name!r} makes something else of it. Nothing was"
             " changed; keep this layer unmerged."
         )
-    return new
 
 
 def _sampled(values: Tensor) -> Tensor:
@@ -378,16 +443,18 @@ def _merge_reversibly(
     for batch in _batches(made()):  # while they are in the cache
         _check_merged(batch)
     loss = _lost(samples)
-    kept = {n: m.weight.data if keep is None else m.weight.data.to(keep) for n, m in layers.items()}
+    biases = {n: _new_bias(n, m) for n, m in layers.items()}
+    kept = {n: m.lora_held() if keep is None else m.lora_held().to(keep) for n, m in layers.items()}
     with ExitStack() as undo:
         for name, layer in layers.items():
-            shared = _own(layer)
-            undo.callback(_put, layer, shared, shared.data, None)
+            own, bias = _own(layer), biases[name]
+            old_bias = None if bias is None else layer.lora_held_bias()
+            undo.callback(_put, layer, own, layer.lora_held(), old_bias, None)
             if name in tied:
-                layer._parameters["weight"] = nn.Parameter(shared.data, shared.requires_grad)
-            swap(layer.weight, new[name])
-            own = shared if name in tied else None
-            layer.lora_merged = Merged(_chosen(layer), kept[name], None, own)
+                layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
+            layer.lora_put(new[name], bias)
+            untied = own if name in tied else None
+            layer.lora_merged = Merged(_chosen(layer), kept[name], None, untied, old_bias)
         undo.pop_all()
     return loss
 
@@ -402,6 +469,7 @@ def _merge_in_place(
             _refuse_overflow(name, layer)
         else:  # only the sum itself can be tried
             _check_merged([(name, _new_weight(name, layer)[0])])
+        _new_bias(name, layer)
     loss: dict[str, float] = {}
     for name, layer in layers.items():
         state = Merged(_chosen(layer), None)
@@ -411,14 +479,22 @@ def _merge_in_place(
         new, sample = _new_weight(name, layer)
         _check_merged([(name, new)])
         loss |= _lost({name: sample})
+        bias = _new_bias(name, layer)
         try:
-            layer.weight.copy_(new)
-            layer.lora_merged = state
+            _overwrite(layer, new, bias, state)
         except BaseException:  # finish this layer: copying is idempotent, adding would not be
-            layer.weight.copy_(new)
-            layer.lora_merged = state
+            _overwrite(layer, new, bias, state)
             raise
     return loss
+
+
+def _overwrite(layer: LoRAMixin, weight: Tensor, bias: Tensor | None, state: Merged) -> None:
+    layer.weight.copy_(weight)
+    if bias is not None:
+        own = layer._parameters["bias"]
+        assert own is not None
+        own.copy_(bias)
+    layer.lora_merged = state
 
 
 def _add_in_place(layer: LoRAMixin, state: Merged) -> _Sample:
@@ -440,7 +516,10 @@ def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
 
     By Cauchy-Schwarz no entry of the update exceeds the norm of its B times that of its A.
     """
-    lora_A, lora_B, gain = layer.stacked()
+    if any(layer.lora_configs[n].dora for n in layer.lora_selection.names):
+        _check_merged([(name, _new_weight(name, layer)[0])])
+        return
+    lora_A, lora_B, gain = layer.lora_stacked()
     bound = (lora_A.double().norm() * (lora_B * gain).double().norm()).to(layer.weight.device)
     low, high = layer.weight.aminmax()
     largest = torch.maximum(-low, high).double()
@@ -449,18 +528,27 @@ def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
 
 
 def _chosen(layer: LoRAMixin) -> dict[str, float]:
-    return dict(zip(*layer.lora_selection[:2], strict=True))
+    names, strengths, _, _ = layer.lora_selection
+    return dict(zip(names, strengths, strict=True))  # type: ignore[arg-type]  # no mix per sample
 
 
 def _own(layer: LoRAMixin) -> nn.Parameter:
-    weight = layer._parameters["weight"]
+    home, key = layer.lora_home()
+    weight = home._parameters[key]
     assert weight is not None
     return weight
 
 
-def _put(layer: LoRAMixin, weight: nn.Parameter, values: Tensor, state: Merged | None) -> None:
-    layer._parameters["weight"] = weight
-    swap(weight, values)
+def _put(
+    layer: LoRAMixin,
+    own: nn.Parameter,
+    values: Tensor,
+    bias: Tensor | None,
+    state: Merged | None,
+) -> None:
+    home, key = layer.lora_home()
+    home._parameters[key] = own
+    layer.lora_put(values, bias)
     layer.lora_merged = state
 
 
@@ -468,6 +556,8 @@ def _restore(layer: LoRAMixin, state: Merged) -> None:
     assert state.kept is not None
     if state.parameter is not None:  # the shared Parameter was never written
         layer._parameters["weight"] = state.parameter
+        if state.bias is not None:
+            layer.lora_put(state.parameter.data, state.bias)
     else:
-        swap(layer.weight, state.kept)
+        layer.lora_put(state.kept, state.bias)
     layer.lora_merged = None

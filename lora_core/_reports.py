@@ -1,7 +1,8 @@
 """The receipts that the verbs return; each prints as a table."""
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,10 +36,11 @@ class LayerReport:
     Attributes:
         name: Dotted name of the layer; "" is the model itself.
         kind: Class of the host layer.
-        in_features: Size of the layer's input.
-        out_features: Size of the layer's output.
+        in_features: Columns of the matrix that is adapted: all that one output sees.
+        out_features: Its rows.
         config: The adapter's settings there.
         aliases: Other dotted names of the same module object.
+        shapes: The shape of each of the adapter's tensors.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LayerReport:
     out_features: int
     config: AdapterConfig
     aliases: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -70,13 +73,32 @@ class LayerReport:
 
     @property
     def parameters(self) -> int:
-        """Numbers in `lora_A` and `lora_B` together."""
-        return self.rank * (self.in_features + self.out_features)
+        """Numbers in the adapter's tensors together."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def trainable(self) -> int:
+        """Those of them that can train."""
+        return sum(math.prod(s) for part, s in self.shapes.items() if not part.endswith("0"))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of `lora_A` and `lora_B` together."""
+        """Bytes of the adapter's tensors together."""
         return self.parameters * self.config.dtype.itemsize
+
+
+# what a report says of settings that not every adapter has
+_SPECIAL: dict[str, Callable[[AdapterConfig], bool]] = {
+    "scale: alpha / sqrt(rank)": lambda c: c.rslora,
+    "DoRA: lengths of rows": lambda c: c.dora,
+    "bias": lambda c: c.bias,
+    "Tucker core": lambda c: c.tucker,
+    "dropout of whole ranks": lambda c: c.rank_dropout > 0,
+    "dropout of whole layers": lambda c: c.module_dropout > 0,
+    "first factors subtracted on the fly": lambda c: c.subtracted,
+    "first factors from sample inputs": lambda c: c.init == "eva",
+    "room for more ranks": lambda c: c.room > c.rank,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +148,10 @@ class Report:
             f"adapter {self.adapter!r}: {len(self.layers)} layers, {self.parameters:,} parameters;"
             f" {self.trainable:,} of {self.total:,} train ({share:.2%})",
         ]
-        stabilised = sum(layer.rslora for layer in self.layers)
-        if stabilised:
-            lines.append(f"scale: alpha / sqrt(rank) on {stabilised} layers")
+        for what, has in _SPECIAL.items():
+            having = sum(has(layer.config) for layer in self.layers)
+            if having:
+                lines.append(f"{what} on {having} layers")
         for reason, count in Counter(self.left_out.values()).most_common():
             lines.append(f"left out: {count} ({reason})")
         return "\n".join([*lines, *self.notes])
@@ -156,7 +179,7 @@ class AdapterSummary:
     scales: tuple[float, ...]
     parameters: int
     nbytes: int
-    strengths: tuple[float, ...]
+    strengths: tuple[float | tuple[float, ...], ...]
     trainable: bool
     merged: bool
 
@@ -181,8 +204,8 @@ class Summary:
     total: int
 
     def __str__(self) -> str:
-        def joined(values: Sequence[float]) -> str:
-            return ", ".join(f"{value:g}" for value in values) or "-"
+        def joined(values: Sequence[float | tuple[float, ...]]) -> str:
+            return ", ".join(map(_shown, values)) or "-"
 
         rows = [
             (
@@ -326,6 +349,11 @@ class MergeReport:
             f"merged {names} into {len(self.layers)} layers, {way};"
             f" rounding lost at most {self.worst_loss:.2%} of an update"
         )
+
+
+def _shown(value: float | tuple[float, ...]) -> str:
+    many = isinstance(value, tuple)
+    return "per sample" if many else f"{value:g}"
 
 
 def count(parameters: Sequence[torch.nn.Parameter]) -> int:

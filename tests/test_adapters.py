@@ -197,7 +197,7 @@ def test_adapters_with_different_dropouts_are_both_applied(x):
         for p in parameters(model):
             p.normal_()
     layer = model[0]
-    a, b = (layer.factors(name)[1] @ layer.factors(name)[0] for name in "ab")
+    a, b = (layer.lora_factors(name)[1] @ layer.lora_factors(name)[0] for name in "ab")
     base = nn.functional.linear(x, layer.weight, layer.bias)
     assert_close(model.eval()(x), base + x @ (a + b).T)
     model.train()

@@ -164,8 +164,8 @@ def test_an_adapter_in_an_encoder_layer_takes_effect_in_every_mode(
         for p in parameters(model):
             p.normal_(std=0.3)
         for mine, bare in zip(model.layers, oracle.layers, strict=True):
-            bare.linear1.weight += mine.linear1.delta()
-            bare.linear2.weight += mine.linear2.delta()
+            bare.linear1.weight += mine.linear1.lora_delta()
+            bare.linear2.weight += mine.linear2.lora_delta()
     for m in (model, oracle):
         m.train(training)
     with torch.set_grad_enabled(gradients):

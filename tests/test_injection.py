@@ -76,7 +76,7 @@ def test_the_report_counts_what_is_there(net, freeze):
     assert report.trainable == sum(p.numel() for p in everything if p.requires_grad)
     assert report.parameters == sum(p.numel() for p in parameters(net))
     for layer in report.layers:
-        A, B = net.get_submodule(layer.name).factors("default")
+        A, B = net.get_submodule(layer.name).lora_factors("default")
         assert layer.parameters == A.numel() + B.numel()
         assert layer.nbytes == 4 * layer.parameters
         assert (layer.in_features, layer.out_features) == (A.shape[1], B.shape[0])
@@ -564,7 +564,7 @@ def failing(verb: Callable[..., object], k: int, *, after: bool) -> Callable[...
 def test_a_failure_at_any_layer_leaves_the_model_as_it_was(net, portrait, monkeypatch, k, after):
     mix_flags(net)
     before = portrait(net)
-    for step in ("fresh_factors", "attach", "_freeze"):
+    for step in ("fresh_parts", "attach", "_freeze"):
         with monkeypatch.context() as patch:
             patch.setattr(surgery, step, failing(getattr(surgery, step), k, after=after))
             with pytest.raises(PlannedError):
@@ -661,7 +661,7 @@ def grafted(model: nn.Module, name: str) -> Callable[[], object]:
     source = copy.deepcopy(model)
     inject(source, rank=1, name=name, targets="*")
     grafts = [
-        surgery.Graft(host, twin.lora_configs[name], *twin.factors(name))
+        surgery.Graft(host, twin.lora_configs[name], twin.lora_parts(name))
         for host, twin in zip(chosen, (source["to_q"], source["to_k"]), strict=True)
     ]
     return lambda: surgery.graft(list(model.modules()), name, grafts)
@@ -788,7 +788,7 @@ def test_a_weight_normed_layer_is_adapted_and_given_back(x):
     assert isinstance(layer, LoRAMixin)
     with torch.no_grad():
         layer.lora_B_default.fill_(0.5)
-    A, B = layer.factors("default")
+    A, B = layer.lora_factors("default")
     assert_close(model(x), plain + x @ A.T @ B.T)
     eject(model)
     assert type(layer) is cls
@@ -823,7 +823,8 @@ def test_the_name_of_either_factor_is_never_overwritten():
         ),
         (
             {"to_q": {"r": 2}},
-            "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', but 'to_q' sets 'r'.",
+            "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', 'dora', 'bias',"
+            " 'tucker', 'rank_dropout', 'module_dropout', 'init', 'reserve_rank', but 'to_q' sets 'r'.",
         ),
     ],
 )

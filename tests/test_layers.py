@@ -196,7 +196,7 @@ def test_a_refused_setting_leaves_the_linear_trainable():
 def test_scale_is_alpha_over_rank(alpha, scale):
     layer = trained(LoRALinear(nn.Linear(4, 6).double(), rank=2, alpha=alpha))
     assert layer.lora_configs["default"].scale == scale
-    dense = lora_delta(*layer.factors("default"), scale)
+    dense = lora_delta(*layer.lora_factors("default"), scale)
     assert_close(layer(torch.eye(4).double()) - layer.bias, (layer.weight + dense).T)
 
 
@@ -208,7 +208,7 @@ def test_rank_stabilised_it_divides_alpha_by_the_square_root_of_the_rank(i, o, a
     layer = trained(LoRALinear(nn.Linear(i, o).double(), rank, alpha, rslora=True))
     config, x = layer.lora_configs["default"], torch.randn(5, i).double()
     assert config.scale == alpha / math.sqrt(rank)
-    A, B = layer.factors("default")
+    A, B = layer.lora_factors("default")
     expected = x @ layer.weight.T + layer.bias + alpha / rank**0.5 * (x @ A.T @ B.T)
     assert_close(layer(x), expected)
     merge(layer.eval())
@@ -298,7 +298,7 @@ def test_factors_are_float32_at_least_unless_told(base, wish, stored):
 def test_a_bfloat16_layer_is_near_its_float64_self():
     layer = trained(LoRALinear(nn.Linear(16, 8, dtype=torch.bfloat16), rank=2))
     x = torch.randn(5, 16, dtype=torch.bfloat16)
-    A, B = (p.double() for p in layer.factors("default"))
+    A, B = (p.double() for p in layer.lora_factors("default"))
     exact = lora_linear(x.double(), layer.weight.double(), layer.bias.double(), A, B)
     assert_close(layer(x).double(), exact, atol=0.15, rtol=0.03)
 
@@ -306,7 +306,7 @@ def test_a_bfloat16_layer_is_near_its_float64_self():
 def test_dropout_is_for_training_alone():
     layer = trained(LoRALinear(nn.Linear(8, 8), rank=2, dropout=0.5))
     x = torch.randn(4, 8)
-    exact = lora_linear(x, layer.weight, layer.bias, *layer.factors("default"))
+    exact = lora_linear(x, layer.weight, layer.bias, *layer.lora_factors("default"))
     layer.eval()
     assert_close(layer(x), exact)
     layer.train()
@@ -454,7 +454,7 @@ def test_autocast_gives_bfloat16_out_and_float32_gradients():
     assert out.dtype == torch.bfloat16
     assert_close(out.float(), layer(x), atol=0.1, rtol=0.05)
     out.float().sum().backward()
-    for p in layer.factors("default"):
+    for p in layer.lora_factors("default"):
         assert p.grad.dtype == torch.float32
         assert p.grad.abs().max() > 0
 
@@ -512,7 +512,7 @@ def test_to_float64_takes_everything_along():
     wide = layer(x.double())
     assert_close(wide.float(), narrow)
     # the scale is a third, which float32 would have rounded
-    A, B = layer.factors("default")
+    A, B = layer.lora_factors("default")
     exact = lora_linear(x.double(), layer.weight, layer.bias, A, B, 1 / 3)
     assert_close(wide, exact, atol=1e-14, rtol=1e-14)
 
@@ -566,8 +566,8 @@ def test_checkpointed_gradients_are_the_plain_ones():
     layer = trained(LoRALinear(nn.Linear(4, 6), rank=2))
     x = torch.randn(3, 4)
     layer(x).square().sum().backward()
-    plain = [p.grad.clone() for p in layer.factors("default")]
+    plain = [p.grad.clone() for p in layer.lora_factors("default")]
     layer.zero_grad()
     checkpoint(layer, x, use_reentrant=False).square().sum().backward()
-    for p, gradient in zip(layer.factors("default"), plain, strict=True):
+    for p, gradient in zip(layer.lora_factors("default"), plain, strict=True):
         assert_close(p.grad, gradient)

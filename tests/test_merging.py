@@ -83,7 +83,7 @@ def test_float64_merged_equals_unmerged_to_twelve_digits() -> None:
 def test_the_merged_weight_is_rounded_once() -> None:
     layer = LoRALinear(nn.Linear(64, 64, dtype=torch.bfloat16), rank=8)
     train_pretend(layer, "default")
-    lora_A, lora_B = (f.double() for f in layer.factors("default"))
+    lora_A, lora_B = (f.double() for f in layer.lora_factors("default"))
     exact = (layer.weight.double() + lora_B @ lora_A).to(torch.bfloat16)
     lora_core.merge(layer)
     wrong = (layer.weight != exact).double().mean()
@@ -709,7 +709,7 @@ def test_the_reported_loss_is_the_share_of_the_update_that_did_not_arrive() -> N
     train_pretend(layer, "default")
     with torch.no_grad():
         layer.lora_B_default.mul_(1e-3)
-    old, asked = layer.weight.detach().double(), layer.delta().double()
+    old, asked = layer.weight.detach().double(), layer.lora_delta().double()
     report = lora_core.merge(layer)
     arrived = layer.weight.detach().double() - old
     share = float((asked - arrived).norm() / asked.norm())

@@ -265,7 +265,7 @@ def test_every_name_of_every_dialect_stands_in_a_family():
 )
 def test_near_negatives_are_no_attention(names):
     rule = "The model must have attention projections that `inject` knows by name and place"
-    message = f"{rule}, but none of its {len(names)} linear layers is one."
+    message = f"{rule}, but none of its {len(names)} adaptable layers is one."
     with pytest.raises(TargetError, match=f"{sentence(message)}Name layers with `targets=`: "):
         plan(tree(*names))
 
@@ -299,15 +299,18 @@ def test_a_root_that_is_the_attention_block_is_found():
 
 
 def test_no_linear_layers_at_all_is_an_error():
-    with pytest.raises(TargetError, match="but none of its 0 linear layers is one\\.$"):
+    with pytest.raises(TargetError, match="but none of its 0 adaptable layers is one\\.$"):
         plan(nn.Sequential(nn.ReLU()))
 
 
-def test_multihead_attention_is_named_as_the_reason():
+def test_multihead_attention_is_adapted_where_its_weights_are_read():
     model = nn.TransformerEncoderLayer(8, 2, 8)
-    why = r"'self_attn': nn.MultiheadAttention reads its weights itself and has no layer to adapt\."
-    with pytest.raises(TargetError, match=f"^The model must have .* is one\\. {why}"):
-        plan(model)
+    assert chosen(model) == [
+        "self_attn.q_proj_weight",
+        "self_attn.k_proj_weight",
+        "self_attn.v_proj_weight",
+        "self_attn.out_proj",
+    ]
 
 
 class Pool(nn.Module):
@@ -329,15 +332,16 @@ class Pool(nn.Module):
         return out * self.gate(x)
 
 
-def test_attention_that_reads_its_weights_itself_is_left_out_and_named():
-    model = tree("attn.q_proj", pool=Pool())
-    report = plan(model, rank=1)
-    why = "is never called: Pool reads its weight itself, so an adapter would have no effect."
-    assert [layer.name for layer in report.layers] == ["attn.q_proj"]
-    assert report.left_out["pool.q_proj"] == f"{why} Exclude it."
-    why = r"'pool': Pool reads its weights itself and has no layer to adapt\."
-    with pytest.raises(TargetError, match=f"^The model must have .* is one\\. {why}"):
-        plan(tree(pool=Pool()))
+def test_attention_that_reads_its_weights_itself_is_adapted_where_it_reads(perturb):
+    model, x = tree(pool=Pool()), torch.randn(3, 2, 4)
+    report = inject(model, rank=1)
+    names = ["pool.q_proj", "pool.k_proj", "pool.v_proj"]
+    assert [layer.name for layer in report.layers] == names
+    plain = model.pool(x)
+    for name in names:
+        perturb(model.get_submodule(name))
+        assert (model.pool(x) - plain).abs().max() > 1e-6
+        plain = model.pool(x)
 
 
 def test_a_layer_that_such_attention_does_call_may_be_named(perturb):
@@ -388,7 +392,9 @@ def test_patterns_mean_what_they_say(pattern, expected):
 
 def test_a_regex_must_match_the_whole_name():
     model = tree(*MODEL)
-    message = "`targets` must match a layer, but the regex 'to_q' matches none of 5 linear layers."
+    message = (
+        "`targets` must match a layer, but the regex 'to_q' matches none of 5 adaptable layers."
+    )
     with pytest.raises(TargetError, match=sentence(message)):
         plan(model, targets=re.compile("to_q"))
 
@@ -407,7 +413,7 @@ def test_layers_are_reported_in_the_order_of_the_model():
 @pytest.mark.parametrize("what", ["targets", "exclude"])
 def test_a_pattern_that_matches_nothing_names_near_misses(what):
     model = tree("a.to_q", "a.to_k", "head")
-    kind = "linear layers" if what == "targets" else "chosen layers"
+    kind = "adaptable layers" if what == "targets" else "chosen layers"
     wishes = {"targets": "*", what: ["to_q", "to_qq"]}
     message = (
         f"`{what}` must match a layer, but 'to_qq' matches none of 3 {kind}. Did you mean 'to_q'"
@@ -418,7 +424,7 @@ def test_a_pattern_that_matches_nothing_names_near_misses(what):
 
 def test_a_pattern_like_no_name_is_answered_with_the_names():
     message = (
-        "`targets` must match a layer, but 'zzz' matches none of 3 linear layers."
+        "`targets` must match a layer, but 'zzz' matches none of 3 adaptable layers."
         " Their names end in 'head', 'to_k', 'to_q'."
     )
     with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
@@ -429,7 +435,7 @@ def test_a_predicate_that_matches_nothing_is_named():
     def mine(name: str, module: nn.Module) -> bool:
         return False
 
-    message = "`targets` must match a layer, but mine matches none of 1 linear layers."
+    message = "`targets` must match a layer, but mine matches none of 1 adaptable layers."
     with pytest.raises(TargetError, match=sentence(message)):
         plan(tree("a"), targets=mine)
 
@@ -454,8 +460,8 @@ def test_a_pattern_of_no_known_kind_is_an_error(what, wrong):
 
 def test_naming_a_container_says_how_to_name_what_it_holds():
     message = (
-        "`targets` must match a linear layer, but 'down' matches only Tree at 'down'."
-        " It holds 'down.0.attn.to_q', 'down.0.attn.to_out.0', 'down.1.attn.to_q':"
+        "`targets` must match an adaptable layer or parameter, but 'down' matches only Tree at"
+        " 'down'. It holds 'down.0.attn.to_q', 'down.0.attn.to_out.0', 'down.1.attn.to_q':"
         " write 'down.*'."
     )
     with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(message)}$"):
@@ -463,13 +469,13 @@ def test_naming_a_container_says_how_to_name_what_it_holds():
 
 
 def test_naming_another_kind_of_layer_is_an_error():
-    model = tree("to_q", conv=nn.Conv2d(3, 3, 1))
-    message = "`targets` must match a linear layer, but 'conv' matches only Conv2d at 'conv'."
-    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(message)}$"):
-        plan(model, targets=["to_q", "conv"])
-    message = "`targets` must match a linear layer, but Conv2d matches only Conv2d at 'conv'."
-    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(message)}$"):
-        plan(model, targets=nn.Conv2d)
+    model = tree("to_q", up=nn.ConvTranspose2d(3, 3, 1))
+    rule = "`targets` must match an adaptable layer or parameter, but "
+    kind = "matches only ConvTranspose2d at 'up'. It holds 'up.weight': write 'up.*'."
+    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(rule)}'up' {re.escape(kind)}$"):
+        plan(model, targets=["to_q", "up"])
+    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(rule)}ConvTranspose2d "):
+        plan(model, targets=nn.ConvTranspose2d)
 
 
 def patched() -> nn.Module:
@@ -491,18 +497,6 @@ RULE = "Every layer that `targets` names must be adaptable, but "
     ("model", "pattern", "message"),
     [
         (
-            lambda: nn.MultiheadAttention(4, 2),
-            "out_proj",
-            "'out_proj' (NonDynamicallyQuantizableLinear) is never called:"
-            " nn.MultiheadAttention reads its weight itself, so an adapter would have no effect.",
-        ),
-        (
-            lambda: nn.TransformerEncoderLayer(4, 2, 4),
-            nn.Linear,
-            "'self_attn.out_proj' (NonDynamicallyQuantizableLinear) is never called:"
-            " nn.MultiheadAttention reads its weight itself, so an adapter would have no effect.",
-        ),
-        (
             lambda: tree(a=nn.LazyLinear(4)),
             "a",
             "'a' (LazyLinear) is lazy and has no shape yet.",
@@ -519,7 +513,7 @@ RULE = "Every layer that `targets` names must be adaptable, but "
             "'a' (Linear) has a weight that is no floating-point tensor.",
         ),
     ],
-    ids=["mha", "all", "lazy", "patched", "int8"],
+    ids=["lazy", "patched", "int8"],
 )
 @pytest.mark.parametrize("verb", [plan, inject])
 def test_a_layer_on_which_an_adapter_would_do_nothing_is_refused(
@@ -578,7 +572,8 @@ def test_a_rule_that_matches_nothing_is_an_error():
 
 def test_a_rule_that_sets_something_unknown_is_an_error():
     message = (
-        "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', but 'to_q' sets 'ranks',"
+        "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', 'dora', 'bias', 'tucker',"
+        " 'rank_dropout', 'module_dropout', 'init', 'reserve_rank', but 'to_q' sets 'ranks',"
         " 'name'."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):

@@ -355,7 +355,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def updates(model: nn.Module, name: str) -> list[torch.Tensor]:
     """Each layer's dense update at strength 1, in float64."""
     return [
-        lora_delta(*(f.detach().double() for f in m.factors(name)), m.lora_configs[name].scale)
+        lora_delta(*(f.detach().double() for f in m.lora_factors(name)), m.lora_configs[name].scale)
         for m in model
     ]
 
@@ -374,16 +374,19 @@ def test_no_update_is_above_the_limit_and_its_direction_stays(dtype, max_norm, a
     assert report.limited["a"] == tuple(str(i) for i, n in enumerate(norms) if n > max_norm)
     for i, (old, new, norm) in enumerate(zip(before, updates(model, "a"), norms, strict=True)):
         if norm > max_norm:
-            assert delta_norm(*model[i].factors("a"), model[i].lora_configs["a"].scale) <= max_norm
+            assert (
+                delta_norm(*model[i].lora_factors("a"), model[i].lora_configs["a"].scale)
+                <= max_norm
+            )
             assert new.norm() <= max_norm * (1 + 1e-12)
             assert new.norm() >= max_norm * (1 - 8 * eps)
             assert_close(new / new.norm(), old / norm, rtol=0, atol=8 * eps)
             # both factors shrank alike
-            for p, b in zip(model[i].factors("a"), bits[2 * i :], strict=False):
+            for p, b in zip(model[i].lora_factors("a"), bits[2 * i :], strict=False):
                 share = (p.detach().norm() / b.norm()).item()
                 assert share == pytest.approx((max_norm / norm) ** 0.5, rel=8 * eps)
         else:
-            assert all(map(torch.equal, model[i].factors("a"), bits[2 * i : 2 * i + 2]))
+            assert all(map(torch.equal, model[i].lora_factors("a"), bits[2 * i : 2 * i + 2]))
     # within the limit now, a second call changes no bit
     bits = [p.detach().clone() for p in parameters(model)]
     assert limit_norm(model, max_norm=max_norm).limited == {"a": ()}

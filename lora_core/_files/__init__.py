@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,9 +22,9 @@ from lora_core._errors import (
 from lora_core._files import container, native
 from lora_core._files.fingerprint import differing, fingerprint
 from lora_core._files.native import AdapterFile, FileLayer
-from lora_core._injection import Candidate, Graft, graft, walk
+from lora_core._injection import Candidate, Graft, graft, modules_of, walk
 from lora_core._injection.planning import describe
-from lora_core._layers import LoRAMixin, non_finite, sizes
+from lora_core._layers import LoRAMixin, Slot, mixin_for, non_finite, part_shapes, sizes
 from lora_core._reports import Report, SaveReport, count
 
 __all__ = ["load", "save"]
@@ -34,6 +35,8 @@ def save(
     path: str | os.PathLike[str],
     name: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    *,
+    plain: bool = False,
 ) -> SaveReport:
     """Writes one adapter of `model` to a self-describing `.safetensors` file.
 
@@ -45,6 +48,9 @@ def save(
         path: Where to write; an existing file is replaced.
         name: The adapter; None if the model has just one.
         metadata: Entries of your own, strings by string.
+        plain: Whether first factors that are subtracted on the fly (``init="pissa"`` or "olora")
+            are written as a part of plain factors of twice the rank, which any reader of LoRA
+            files understands but which train on as another adapter.
 
     Raises:
         AdapterError: If there is no such adapter, or several and none named.
@@ -79,8 +85,8 @@ def save(
             f"An adapter must be saved with its base at hand, but {listed(gone)} was merged with"
             " reversible=False. Save before such a merge."
         )
-    held = {n: m.factors(name) for n, m in layers.items()}
-    hollow = [n for n, factors in held.items() if any(f.is_meta for f in factors)]
+    held = {n: m.lora_stored(name) for n, m in layers.items()}
+    hollow = [n for n, parts in held.items() if any(f.is_meta for f in parts.values())]
     if hollow:
         raise ConfigError(
             f"An adapter must have values to be saved, but that of {listed(hollow)} is on the meta"
@@ -88,15 +94,16 @@ def save(
         )
     others, file_layers = _other_names(model, layers), {}
     for n, layer in layers.items():
-        c = layer.lora_configs[name]
-        aliases = others.get(n, ())
-        file_layers[n] = FileLayer(*held[n], c.alpha, c.dropout, aliases, c.rslora)
+        config, parts = layer.lora_configs[name], cast(Mapping[str, torch.Tensor], held[n])
+        if plain:
+            config, parts = _plain(n, layer, config, parts)
+        file_layers[n] = FileLayer(layer.lora_kind, config, parts, others.get(n, ()))
     tensors, entries = native.encode(AdapterFile(name, file_layers, fingerprint(layers), own))
     try:
         data = container.pack(tensors, entries)
     except container.NonFiniteError:
         raise ConfigError(
-            f"An adapter must be finite to be saved, but that of {listed(non_finite(held))} holds"
+            f"An adapter must be finite to be saved, but that of {listed(_bad(held))} holds"
             " NaN or infinity. Go back to an earlier state; lower the learning rate."
         ) from None
     container.write(path, data)
@@ -166,13 +173,8 @@ def load(
         notes += _compare(file, found, os.fspath(path), strict)
     for note in notes:
         warnings.warn(f"{os.fspath(path)}: {note}", stacklevel=2)
-    grafts, configs = [], []
-    for layer_name, candidate in found.items():
-        layer = file.layers[layer_name]
-        configs.append(
-            AdapterConfig(layer.rank, layer.alpha, layer.dropout, layer.lora_A.dtype, layer.rslora)
-        )
-        grafts.append(_graft(candidate, layer, configs[-1]))
+    grafts = [_graft(candidate, file.layers[n]) for n, candidate in found.items()]
+    configs = [g.config for g in grafts]
     report = describe(
         candidates,
         name,
@@ -182,9 +184,42 @@ def load(
         freeze=True,
         notes=tuple(notes),
     )
-    graft([c.module for c in candidates], name, grafts, strength, others=False)
+    graft(modules_of(candidates), name, grafts, strength, others=False)
     training = count([p for p in model.parameters() if p.requires_grad])
     return replace(report, trainable=training, metadata=file.metadata)
+
+
+def _bad(held: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
+    return non_finite({n: list(parts.values()) for n, parts in held.items()})
+
+
+def _plain(
+    name: str, layer: LoRAMixin, config: AdapterConfig, parts: Mapping[str, torch.Tensor]
+) -> tuple[AdapterConfig, Mapping[str, torch.Tensor]]:
+    """The same update without factors that are subtracted: twice the rank, at the same scale."""
+    if not config.subtracted:
+        return config, parts
+    limit = min(layer.lora_sizes(layer))
+    if 2 * config.rank > limit:
+        raise ConfigError(
+            f"A plain file needs twice the rank, at most min(in_features, out_features) = {limit},"
+            f" but that is {2 * config.rank} at {name!r}. Save it without plain=True."
+        )
+    with torch.no_grad():
+        lora_A, lora_B = layer.lora_subtracted(
+            *(parts[part] for part in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
+        )
+    rest = {part: p for part, p in parts.items() if part in ("lora_magnitude", "lora_bias")}
+    rank = 2 * config.rank
+    plain = replace(
+        config,
+        rank=rank,
+        alpha=config.scale * rank,
+        rslora=False,
+        init="kaiming",
+        reserve_rank=None,
+    )
+    return plain, {"lora_A": lora_A, "lora_B": lora_B, **rest}
 
 
 def _other_names(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> dict[str, tuple[str, ...]]:
@@ -261,18 +296,11 @@ def _resolve(
     if missing and (strict or not found):
         raise MismatchError(
             f"The model must have all {len(file.layers)} layers of {where!r}, but"
-            f" {len(missing)} are not linear layers of this {type(model).__name__}:"
+            f" {len(missing)} are no layers of this {type(model).__name__}:"
             f" {listed(missing)}; it has {len(by_name)}: {listed(by_name)}."
             + (" Load it into the model it was made for, or pass strict=False." if found else "")
         )
-    wrong = []
-    for name, c in found.items():
-        layer = file.layers[name]
-        theirs = (layer.lora_A.shape[1], layer.lora_B.shape[0])
-        if theirs != sizes(c.module):
-            wrong.append(
-                "{} (file {} -> {}, model {} -> {})".format(name, *theirs, *sizes(c.module))
-            )
+    wrong = [said for n, c in found.items() if (said := _misfit(n, c, file.layers[n]))]
     if wrong:
         raise MismatchError(
             f"Layers must have the sizes that {where!r} was made for, but {len(wrong)} of"
@@ -319,7 +347,7 @@ def _compare_aliases(
     return [f"shared in the file, not in the model: {listed(apart)}"]
 
 
-def _is_at(model: nn.Module, name: str, module: nn.Module) -> bool:
+def _is_at(model: nn.Module, name: str, module: nn.Module | Slot) -> bool:
     """Whether a module is found under a name, of which a walk notes only the first so many."""
     try:
         return model.get_submodule(name) is module
@@ -346,8 +374,34 @@ def _compare(
     return [said]
 
 
-def _graft(candidate: Candidate, layer: FileLayer, config: AdapterConfig) -> Graft:
+def _misfit(name: str, candidate: Candidate, layer: FileLayer) -> str:
+    """How a layer differs from the one that its adapter was made for; "" if it doesn't."""
+    module = candidate.module
+    mixin = mixin_for(module)
+    assert mixin is not None
+    # a matrix is the same whether it is called or read
+    kinds = {"linear", "weight"} if layer.parts["lora_A"].ndim == 2 else {layer.kind}
+    if mixin.lora_kind != layer.kind and not {mixin.lora_kind, layer.kind} <= kinds:
+        return f"{name} (file a layer of kind {layer.kind!r}, model {mixin.lora_kind!r})"
+    theirs = {part: tuple(p.shape) for part, p in layer.parts.items()}
+    try:
+        mine = part_shapes(module, layer.config)
+    except ValueError:  # too few dimensions for this form
+        mine = {}
+    if mine == theirs:
+        return ""
+    if layer.kind == "linear":
+        sizes_there = (layer.parts["lora_A"].shape[1], layer.parts["lora_B"].shape[0])
+        return "{} (file {} -> {}, model {} -> {})".format(name, *sizes_there, *sizes(module))
+    part = next((p for p in theirs if theirs[p] != mine.get(p)), "lora_A")
+    return f"{name} (file {part} {theirs[part]}, model {mine.get(part)})"
+
+
+def _graft(candidate: Candidate, layer: FileLayer) -> Graft:
     device = candidate.module.weight.device
     with torch.inference_mode(mode=False):
-        factors = (nn.Parameter(f.to(device)) for f in (layer.lora_A, layer.lora_B))  # type: ignore[arg-type]
-        return Graft(candidate.module, config, *factors)
+        parts = {
+            part: nn.Parameter(p.to(device), requires_grad=not part.endswith("0"))  # type: ignore[arg-type]
+            for part, p in layer.parts.items()
+        }
+        return Graft(candidate.module, layer.config, parts)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, LoRAWeight, Slot
 
 _SAMPLES = 4  # values per layer
 
@@ -18,14 +18,16 @@ def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The samples of these layers' original weights, in the order of their names."""
     weights = [original(layers[name]) for name in sorted(layers)]
     values = [value for row in samples(weights) for value in row]
-    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights}
+    # quantised weights have no precision to compare by, and no values are read of them
+    plain = [weight for weight in weights if weight.is_floating_point()]
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in plain} or {"float32"}
     return {
         "dtype": sorted(dtypes, key=lambda name: -_eps(name))[0],
         "samples": base64.b64encode(struct.pack(f"<{len(values)}d", *values)).decode(),
     }
 
 
-def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | None]) -> list[str]:
+def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | Slot | None]) -> list[str]:
     """The layers whose weights are not those that were sampled, as "name (file ..., model ...)".
 
     Weights of one dtype must be equal; across dtypes they may differ by what rounding explains.
@@ -44,12 +46,12 @@ def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | None]) -
     weights = {
         i: (name, original(module))
         for i, name in enumerate(sorted(layers))
-        if (module := layers[name]) is not None and "weight" in module._parameters
+        if (module := layers[name]) is not None and _is_stored(module)
     }
     found = []
     rows = samples([weight for _, weight in weights.values()])
     for (i, (name, weight)), row in zip(weights.items(), rows, strict=True):
-        mine = _eps(str(weight.dtype).removeprefix("torch."))
+        mine = _eps(str(weight.dtype).removeprefix("torch.")) if weight.is_floating_point() else eps
         tolerance = 0.0 if mine == eps else 2 * max(mine, eps)
         theirs = stored[i * _SAMPLES : (i + 1) * _SAMPLES]
         for a, b in zip(theirs, row, strict=True):
@@ -60,7 +62,11 @@ def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | None]) -
     return found
 
 
-def original(module: nn.Module) -> Tensor:
+def _is_stored(module: nn.Module | Slot) -> bool:
+    return isinstance(module, Slot | LoRAWeight) or "weight" in module._parameters
+
+
+def original(module: nn.Module | Slot) -> Tensor:
     """A layer's weight as it is unmerged."""
     weight = module.weight
     merged = module.lora_merged if isinstance(module, LoRAMixin) else None
@@ -76,7 +82,8 @@ def samples(weights: Sequence[Tensor]) -> list[list[float]]:
     picked: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
     with torch.no_grad():
         for i, weight in enumerate(weights):
-            if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.numel():
+            plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+            if not plain or weight.is_meta or not weight.numel():
                 continue
             size, device, dtype = weight.numel(), weight.device, weight.dtype
             if (size, device) not in where:

@@ -1,26 +1,37 @@
 """The library's own format: plain factors by module name, and one JSON value that describes them.
 
-Tensors: ``<module>.lora_A`` (rank, in_features) and ``<module>.lora_B`` (out_features, rank).
+Tensors: ``<module>.<part>`` for each part of an adapter, ``lora_A`` and ``lora_B`` always. Their
+shapes are those they have on the layer, without ranks that are only reserved.
 Metadata: ``format`` = "pt", ``lora_core`` = the JSON value below, and the user's own entries.
 
     {"version": 1, "adapter": "style",
      "layers": {"down.0.attn.to_q": {"alpha": 4.0, "kind": "linear", "rank": 4}},
      "base": {"dtype": "float32", "samples": "<base64>"}}
 
-Optional in a layer: ``dropout``; ``rslora``, true where the scale is alpha / sqrt(rank) and not
-alpha / rank; and ``aliases``, the other names of a module that has several. A key that this reader
-doesn't know is refused: it may change what the tensors mean.
+Kinds are "linear", "conv", "embedding", and "weight" for a parameter that is read rather than
+called. Optional in a layer: ``dropout``, ``rank_dropout`` and ``module_dropout``; ``rslora``, true
+where the scale is alpha / sqrt(rank) and not alpha / rank; ``dora``, ``bias`` and ``tucker``, true
+where ``lora_magnitude``, ``lora_bias`` or ``lora_mid`` is there; ``init``, where ``lora_A0`` and
+``lora_B0`` are there to be subtracted; and ``aliases``, the other names of a module that has
+several. A key that this reader doesn't know is refused: it may change what the tensors mean.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_core._config import check_alpha, check_dropout, check_flag, check_name
+from lora_core._config import (
+    AdapterConfig,
+    check_alpha,
+    check_dropout,
+    check_flag,
+    check_init,
+    check_name,
+)
 from lora_core._errors import ConfigError, CorruptFileError, listed
 from lora_core._layers import non_finite
 
@@ -28,34 +39,28 @@ _VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KEYS = ("version", "adapter", "layers", "base")
 _BASE_KEYS = ("dtype", "samples")
-_LAYER_KEYS = ("alpha", "kind", "rank", "dropout", "rslora", "aliases")
+_DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+_FLAGS = ("rslora", "dora", "bias", "tucker")
+_LAYER_KEYS = ("alpha", "kind", "rank", *_DROPOUTS, *_FLAGS, "init", "aliases")
+KINDS = ("linear", "conv", "embedding", "weight")
 RESERVED = ("format", "lora_core")
 
 
 @dataclass(frozen=True, slots=True)
 class FileLayer:
-    """One layer's factors as a file holds them.
+    """One layer's adapter as a file holds it.
 
     Attributes:
-        lora_A: Down-projection (rank, in_features).
-        lora_B: Up-projection (out_features, rank).
-        alpha: Numerator of the scale.
-        dropout: Probability of dropping an input element while training.
+        kind: What kind of layer it is for; one of `KINDS`.
+        config: Its settings.
+        parts: Its tensors.
         aliases: Other dotted names of the same module.
-        rslora: Whether the scale is alpha / sqrt(rank).
     """
 
-    lora_A: Tensor
-    lora_B: Tensor
-    alpha: float
-    dropout: float = 0.0
+    kind: str
+    config: AdapterConfig
+    parts: Mapping[str, Tensor]
     aliases: tuple[str, ...] = ()
-    rslora: bool = False
-
-    @property
-    def rank(self) -> int:
-        """Inner dimension, taken from the tensors."""
-        return self.lora_A.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +87,9 @@ def encode(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     # layers with the same settings share their entry: thousands of dicts cost the collector dear
     alike: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, layer in file.layers.items():
-        tensors[_key(name, "lora_A")] = layer.lora_A
-        tensors[_key(name, "lora_B")] = layer.lora_B
-        settings = (layer.rank, layer.alpha, layer.dropout, layer.aliases, layer.rslora)
+        for part, tensor in layer.parts.items():
+            tensors[_key(name, part)] = tensor
+        settings = (layer.kind, layer.config, layer.aliases)
         if settings not in alike:
             alike[settings] = _entry(layer)
         layers[name] = alike[settings]
@@ -94,11 +99,11 @@ def encode(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _entry(layer: FileLayer) -> dict[str, Any]:
-    entry: dict[str, Any] = {"alpha": layer.alpha, "kind": "linear", "rank": layer.rank}
-    if layer.dropout:
-        entry["dropout"] = layer.dropout
-    if layer.rslora:
-        entry["rslora"] = True
+    config = layer.config
+    entry: dict[str, Any] = {"alpha": config.alpha, "kind": layer.kind, "rank": config.rank}
+    entry |= {key: value for key in (*_DROPOUTS, *_FLAGS) if (value := getattr(config, key))}
+    if config.subtracted:
+        entry["init"] = config.init
     if layer.aliases:
         entry["aliases"] = list(layer.aliases)
     return entry
@@ -122,7 +127,7 @@ def decode(
         _check_keys("the description", about, _KEYS)
         _check_keys("the base", about["base"], _BASE_KEYS)
         layers = {n: _layer(n, entry, tensors) for n, entry in about["layers"].items()}
-        bad = non_finite({n: (layer.lora_A, layer.lora_B) for n, layer in layers.items()})
+        bad = non_finite({n: list(layer.parts.values()) for n, layer in layers.items()})
         if bad:
             raise ValueError(f"a factor of {listed(bad)} holds NaN or infinity")
         base = dict(about["base"])
@@ -133,7 +138,7 @@ def decode(
             f"{where!r} must describe its tensors, but its 'lora_core' entry is malformed"
             f" ({type(error).__name__}: {error}). Save it again."
         ) from error
-    expected = {_key(n, factor) for n in layers for factor in ("lora_A", "lora_B")}
+    expected = {_key(n, part) for n, layer in layers.items() for part in layer.parts}
     surplus = sorted(set(tensors) - expected)
     if surplus or not layers:
         raise CorruptFileError(
@@ -147,37 +152,52 @@ def decode(
 def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FileLayer:
     _check_keys(repr(name), entry, _LAYER_KEYS)
     kind = entry["kind"]
-    if kind != "linear":
+    if kind not in KINDS:
         raise ValueError(f"{listed([name])} is of the unknown kind {kind!a}")
-    missing = [k for k in (_key(name, "lora_A"), _key(name, "lora_B")) if k not in tensors]
+    alpha, rank = entry["alpha"], entry["rank"]
+    if alpha is None:
+        raise ValueError(f"{listed([name])} has no alpha, which sets the scale. Save it again.")
+    # a rank is checked against the tensors, and any number of them against the layer
+    config = AdapterConfig(
+        rank=rank,
+        alpha=check_alpha(alpha, 1),
+        dtype=torch.float32,
+        init=check_init(entry.get("init", "kaiming")),
+        **{key: check_dropout(entry.get(key, 0.0), key) for key in _DROPOUTS},  # type: ignore[arg-type]
+        **{key: check_flag(key, entry.get(key, False)) for key in _FLAGS},
+    )
+    missing = [k for part in config.parts if (k := _key(name, part)) not in tensors]
     if missing:
         raise ValueError(f"{listed(missing)} is missing. Save it again.")
-    lora_A, lora_B = (tensors[_key(name, factor)] for factor in ("lora_A", "lora_B"))
-    for factor in (lora_A, lora_B):
-        if factor.ndim != 2 or factor.dtype not in DTYPES or not factor.numel():
+    parts = {part: tensors[_key(name, part)] for part in config.parts}
+    lora_A, lora_B = parts["lora_A"], parts["lora_B"]
+    for part, factor in parts.items():
+        flat = part in ("lora_magnitude", "lora_bias")
+        many = factor.ndim == 1 if flat else factor.ndim >= 2
+        if not many or factor.dtype not in DTYPES or not factor.numel():
             raise ValueError(
                 f"a factor of {listed([name])} is {factor.dtype} of shape {tuple(factor.shape)};"
                 " a floating matrix of 16 bits or more is needed"
             )
-    rank = lora_A.shape[0]
-    if lora_B.shape[1] != rank or entry["rank"] != rank or lora_A.dtype != lora_B.dtype:
+    down, up = (-2, -1) if kind == "weight" else (0, 1)
+    dtypes = {factor.dtype for part, factor in parts.items() if part != "lora_magnitude"}
+    ranks = {lora_A.shape[down], lora_B.shape[up]}
+    if ranks != {rank} or rank is True or len(dtypes) > 1:
         raise ValueError(
             f"the factors of {listed([name])} disagree: lora_A {tuple(lora_A.shape)} {lora_A.dtype}"
-            f", lora_B {tuple(lora_B.shape)} {lora_B.dtype}, described rank {entry['rank']!r}"
+            f", lora_B {tuple(lora_B.shape)} {lora_B.dtype}, described rank {rank!r}"
         )
-    if rank > min(lora_A.shape[1], lora_B.shape[0]):
+    seen = lora_A.shape[-1] if kind == "weight" else lora_A[0].numel()
+    if not config.tucker and rank > min(
+        seen, lora_B.shape[-2] if kind == "weight" else len(lora_B)
+    ):
         raise ValueError(f"the rank {rank} of {listed([name])} exceeds its layer's sizes")
-    alpha, dropout = entry["alpha"], entry.get("dropout", 0.0)
-    if alpha is None:
-        raise ValueError(f"{listed([name])} has no alpha, which sets the scale. Save it again.")
     aliases = entry.get("aliases", [])
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise ValueError(
             f"the aliases of {listed([name])} are {aliases!a}; a list of names is needed"
         )
-    checked = check_alpha(alpha, rank), check_dropout(dropout)
-    rslora = check_flag("rslora", entry.get("rslora", False))
-    return FileLayer(lora_A, lora_B, *checked, tuple(aliases), rslora)
+    return FileLayer(kind, replace(config, dtype=lora_A.dtype), parts, tuple(aliases))
 
 
 def _check_keys(what: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:

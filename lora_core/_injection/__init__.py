@@ -2,6 +2,16 @@
 
 from lora_core._injection.planning import plan
 from lora_core._injection.surgery import Graft, eject, graft, inject
-from lora_core._injection.targets import DIALECTS, Candidate, walk
+from lora_core._injection.targets import DIALECTS, Candidate, modules_of, walk
 
-__all__ = ["DIALECTS", "Candidate", "Graft", "eject", "graft", "inject", "plan", "walk"]
+__all__ = [
+    "DIALECTS",
+    "Candidate",
+    "Graft",
+    "eject",
+    "graft",
+    "inject",
+    "modules_of",
+    "plan",
+    "walk",
+]

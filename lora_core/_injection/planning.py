@@ -13,13 +13,25 @@ from lora_core._injection.targets import (
     Patterns,
     choose,
     matches,
+    modules_of,
     no_rule_match,
     walk,
 )
-from lora_core._layers import LoRAMixin, factor_names, layer_config, sizes
+from lora_core._layers import (
+    LoRAMixin,
+    LoRAWeight,
+    factor_names,
+    host_of,
+    layer_config,
+    part_shapes,
+    sizes,
+)
 from lora_core._reports import LayerReport, Report, count
 
-_SETTINGS = ("rank", "alpha", "dropout", "dtype", "rslora")
+_SETTINGS = (
+    *("rank", "alpha", "dropout", "dtype", "rslora", "dora", "bias", "tucker"),
+    *("rank_dropout", "module_dropout", "init", "reserve_rank"),
+)
 
 
 def plan(
@@ -34,6 +46,13 @@ def plan(
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     rslora: bool = False,
+    dora: bool = False,
+    bias: bool = False,
+    tucker: bool = False,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
+    init: str = "kaiming",
+    reserve_rank: int | None = None,
     freeze: bool = True,
 ) -> Report:
     """What `inject` with the same arguments would do; changes nothing.
@@ -52,6 +71,16 @@ def plan(
         dtype: Type of the factors; None means the weight's, but float32 at least.
         rslora: Whether the scale is alpha / sqrt(rank), so that a larger rank learns as fast;
             with alpha left out it is then sqrt(rank).
+        dora: Whether each row of the adapted weight gets a length of its own (DoRA).
+        bias: Whether the adapter adds to the bias of the layers that have one.
+        tucker: Whether a convolution's update has a core of its own between two 1x1 factors.
+        rank_dropout: Probability of dropping one of the ranks for a sample while training.
+        module_dropout: Probability of leaving a layer's update out of a call while training.
+        init: How the first factors are made: "kaiming", "gaussian" or "orthogonal" for `lora_A`
+            with `lora_B` zero; "pissa" or "olora" from the weight, subtracted on the fly so that
+            a fresh adapter still changes nothing; "eva" for `lora_A` from sample inputs.
+        reserve_rank: Ranks to make room for, so that a file of another rank can be loaded into
+            the adapter's place.
         freeze: Whether everything but the new adapter would stop training.
 
     Returns:
@@ -71,7 +100,20 @@ def plan(
     """
     return draw_up(
         model,
-        {"rank": rank, "alpha": alpha, "dropout": dropout, "dtype": dtype, "rslora": rslora},
+        {
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "dtype": dtype,
+            "rslora": rslora,
+            "dora": dora,
+            "bias": bias,
+            "tucker": tucker,
+            "rank_dropout": rank_dropout,
+            "module_dropout": module_dropout,
+            "init": init,
+            "reserve_rank": reserve_rank,
+        },
         targets=targets,
         exclude=exclude,
         rules={} if rules is None else rules,
@@ -98,7 +140,7 @@ def draw_up(
     chosen, left_out = choose(candidates, targets, exclude)
     configs = _configure(chosen, settings, rules)
     report = describe(candidates, name, chosen, configs, left_out, freeze=freeze)
-    return report, chosen, [c.module for c in candidates]
+    return report, chosen, modules_of(candidates)
 
 
 def describe(
@@ -114,15 +156,23 @@ def describe(
     """The report for these layers of all; raises if the name is taken, or one is merged."""
     check_room(candidates, name, chosen)
     layers = tuple(
-        LayerReport(c.name, _host_name(c.module), *sizes(c.module), config, c.names[1:])
+        LayerReport(
+            c.name,
+            _host_name(c),
+            *sizes(c.module),
+            config,
+            c.names[1:],
+            part_shapes(c.module, config),
+        )
         for c, config in zip(chosen, configs, strict=True)
     )
     added = sum(layer.parameters for layer in layers)
     before = list(
-        {p: None for c in candidates for p in c.module._parameters.values() if p is not None}
+        {p: None for m in modules_of(candidates) for p in m._parameters.values() if p is not None}
     )
+    still = sum(layer.parameters - layer.trainable for layer in layers)
     training = 0 if freeze else count([p for p in before if p.requires_grad])
-    return Report(name, layers, left_out, training + added, count(before) + added, notes)
+    return Report(name, layers, left_out, training + added - still, count(before) + added, notes)
 
 
 def check_room(candidates: Sequence[Candidate], name: str, chosen: Sequence[Candidate]) -> None:
@@ -165,20 +215,38 @@ def _configure(
         unknown = [key for key in overrides if key not in _SETTINGS]
         if unknown:
             raise ConfigError(
-                f"`rules` must set {listed(_SETTINGS)}, but {pattern!r} sets {listed(unknown)}."
+                f"`rules` must set {listed(_SETTINGS, len(_SETTINGS))}, but {pattern!r} sets"
+                f" {listed(unknown)}."
             )
         if not any(matches(pattern, c) for c in chosen):
             raise no_rule_match(pattern, chosen)
     configs = []
     for c in chosen:
-        mine = dict(settings)
+        mine, where = dict(settings), f" at {c.name!r}" if c.name else ""
+        ruled = False
         for pattern, overrides in rules.items():
             if matches(pattern, c):
                 mine.update(overrides)
-        repair = f" at {c.name!r}" if c.name else ""
-        configs.append(layer_config(c.module, **mine, where=repair))
+                ruled = ruled or bool(overrides.get("bias"))
+        # asked for in general, it is for those that have one
+        if mine["bias"] is True and not ruled and not _has_bias(c):
+            mine["bias"] = False
+        configs.append(layer_config(c.module, mine, where))
+    if settings["bias"] is True and not any(config.bias for config in configs):
+        raise ConfigError(
+            f"`bias=True` must find a bias to add to, but none of the {len(chosen)} chosen layers"
+            " has one. Leave it out."
+        )
     return configs
 
 
-def _host_name(module: nn.Module) -> str:
-    return (module.host_class if isinstance(module, LoRAMixin) else type(module)).__name__
+def _has_bias(candidate: Candidate) -> bool:
+    module = candidate.module
+    return isinstance(module, nn.Module) and module._parameters.get("bias") is not None
+
+
+def _host_name(candidate: Candidate) -> str:
+    module = candidate.module
+    if isinstance(module, LoRAMixin) and not isinstance(module, LoRAWeight):
+        return module.host_class.__name__
+    return host_of(candidate.owners[0]).__name__

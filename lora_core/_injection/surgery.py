@@ -1,39 +1,42 @@
 """The acting half of injection: one transaction that attaches, and its inverse."""
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_core._adapters import clean, layers_with
+from lora_core._adapters import layers_with
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
 from lora_core._injection.guarding import is_guarded, settle
 from lora_core._injection.planning import draw_up
+from lora_core._injection.sampling import sampled
 from lora_core._injection.targets import Patterns
 from lora_core._layers import (
     FROZEN,
     LoRAMixin,
+    LoRAWeight,
+    Slot,
+    WeightReader,
     adapted_class,
     attach,
     detach,
     factor_names,
-    fresh_factors,
+    fresh_parts,
 )
 from lora_core._reports import EjectReport, Report, count
 
 
 @dataclass(frozen=True, slots=True)
 class Graft:
-    """An adapter's factors for one layer, ready to be attached."""
+    """An adapter's tensors for one layer, ready to be attached."""
 
-    module: nn.Module
+    module: nn.Module | Slot
     config: AdapterConfig
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    parts: Mapping[str, nn.Parameter]
 
 
 def inject(
@@ -48,14 +51,23 @@ def inject(
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     rslora: bool = False,
+    dora: bool = False,
+    bias: bool = False,
+    tucker: bool = False,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
+    init: str = "kaiming",
+    reserve_rank: int | None = None,
+    samples: Iterable[Any] | None = None,
     freeze: bool = True,
 ) -> Report:
     """Puts a fresh adapter on layers of `model`, in place, all or nothing; changes no output.
 
-    Takes the arguments of `plan` and returns its report. The adapter joins the active ones at
-    strength 1. With `freeze` everything else stops training and drops its gradient, what was frozen
-    before too (an optimiser would go on stepping with it); `eject` gives every flag back, but no
-    gradient. Without it nothing of that changes.
+    Takes the arguments of `plan` and returns its report. With ``init="eva"`` the model is first run
+    on `samples`, each a tensor, a tuple of arguments or a mapping of keywords. The adapter joins
+    the active ones at strength 1. With `freeze` everything else stops training and drops its
+    gradient, what was frozen before too (an optimiser would go on stepping with it); `eject` gives
+    every flag back, but no gradient. Without it nothing of that changes.
 
     The first factors are drawn from one number of the global generator and the layer's name:
     the same seed gives a layer the same bits whatever else is adapted.
@@ -80,6 +92,13 @@ def inject(
         "dropout": dropout,
         "dtype": dtype,
         "rslora": rslora,
+        "dora": dora,
+        "bias": bias,
+        "tucker": tucker,
+        "rank_dropout": rank_dropout,
+        "module_dropout": module_dropout,
+        "init": init,
+        "reserve_rank": reserve_rank,
     }
     report, chosen, modules = draw_up(
         model,
@@ -90,14 +109,16 @@ def inject(
         name=name,
         freeze=freeze,
     )
+    covariances = sampled(model, report, chosen, samples)
     seed = int(torch.randint(2**31, (), device="cpu").item())
     generator = torch.Generator("cpu")
     grafts = []
     for layer, candidate in zip(report.layers, chosen, strict=True):
         # the generator takes 32 bits of a seed and drops the rest
         generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
-        factors = fresh_factors(candidate.module, layer.config, generator)
-        grafts.append(Graft(candidate.module, layer.config, *factors))
+        covariance = covariances.get(layer.name)
+        parts = fresh_parts(candidate.module, layer.config, generator, covariance)
+        grafts.append(Graft(candidate.module, layer.config, parts))
     graft(modules, name, grafts, freeze=freeze)
     return report
 
@@ -127,7 +148,7 @@ def graft(
         for module in with_parameters if freeze else ():
             _freeze(module, name, others=others)
         for g in grafts:
-            attach(g.module, name, g.config, g.lora_A, g.lora_B, strength)
+            attach(g.module, name, g.config, g.parts, strength)
         settle(modules[0])
     except BaseException:
         _restore(before)
@@ -155,15 +176,15 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
         >>> type(block["to_q"]).__name__
         'Linear'
     """
-    named = {clean(n): m for n, m in model.named_modules()}
+    modules = list(model.modules())
     orphans = {
         adapter: None
-        for module in named.values()
+        for module in modules
         for adapter in vars(module).get(FROZEN, ())
         if name in (None, adapter)
     }
     # flags and guards may be left to restore after the layers themselves were ejected one by one
-    bare = not any(isinstance(m, LoRAMixin) for m in named.values())
+    bare = not any(isinstance(m, LoRAMixin) for m in modules)
     bare = bare and bool(orphans or is_guarded(model))
     layers = {} if bare else layers_with(model, name)
     names = (
@@ -184,7 +205,7 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
             " patched onto the instance (offloading hooks do this). Remove that patch, eject, and"
             " put it back."
         )
-    other = [n for n, m in layers.items() if type(m) is not adapted_class(m.host_class)]
+    other = [n for n, m in layers.items() if not _has_our_class(m)]
     if other:
         raise UnsupportedLayerError(
             f"A layer must have the class that `inject` gave it, but that of {listed(other)} was"
@@ -199,9 +220,16 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
             f" {listed(names)} was named. Call `eject(model)`."
         )
     gone = count(
-        [p for m in layers.values() for n in m.lora_configs if n in names for p in m.factors(n)]
+        [
+            p
+            for m in layers.values()
+            for n in m.lora_configs
+            if n in names
+            for p in m.lora_parts(n).values()
+        ]
     )
-    changed = [m for m in named.values() if FROZEN in vars(m) or isinstance(m, LoRAMixin)]
+    ours = (LoRAMixin, WeightReader)
+    changed = [m for m in modules if FROZEN in vars(m) or isinstance(m, ours)]
     before = [_snapshot(m) for m in changed]
     try:
         for layer in layers.values():
@@ -216,16 +244,24 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     return EjectReport(tuple(names), tuple(layers), gone, restored)
 
 
+def _has_our_class(layer: LoRAMixin) -> bool:
+    if isinstance(layer, LoRAWeight):
+        return isinstance(layer.owner, WeightReader) and type(layer) is LoRAWeight
+    return type(layer) is adapted_class(layer.host_class)
+
+
 def _names(layers: Iterable[LoRAMixin]) -> list[str]:
     return list(dict.fromkeys(name for layer in layers for name in layer.lora_configs))
 
 
-# a module, its class, attributes, parameters and hooks, and the parameters' flags and gradients
+# a module, its class, attributes, parameters, children and hooks, and the parameters' flags and
+# gradients
 _Snapshot = tuple[
     nn.Module,
     type[nn.Module],
     dict[str, Any],
     dict[str, nn.Parameter | None],
+    dict[str, nn.Module | None],
     dict[int, Any],
     list[tuple[nn.Parameter, bool, torch.Tensor | None]],
 ]
@@ -235,16 +271,19 @@ def _snapshot(module: nn.Module) -> _Snapshot:
     parameters = module._parameters
     flags = [(p, p.requires_grad, p.grad) for p in parameters.values() if p is not None]
     hooks = dict(module._forward_pre_hooks)
-    return module, type(module), dict(vars(module)), dict(parameters), hooks, flags
+    children = dict(module._modules)
+    return module, type(module), dict(vars(module)), dict(parameters), children, hooks, flags
 
 
 def _restore(before: Sequence[_Snapshot]) -> None:
-    for module, cls, attributes, parameters, hooks, flags in before:
+    for module, cls, attributes, parameters, children, hooks, flags in before:
         module.__class__ = cls
         vars(module).clear()
         vars(module).update(attributes)
         module._parameters.clear()
         module._parameters.update(parameters)
+        module._modules.clear()
+        module._modules.update(children)
         module._forward_pre_hooks.clear()
         module._forward_pre_hooks.update(hooks)
         for p, flag, grad in flags:

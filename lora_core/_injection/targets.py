@@ -10,8 +10,9 @@ from functools import lru_cache
 
 from torch import nn
 
+from lora_core._adapters import clean
 from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
-from lora_core._layers import mixin_for, why_not
+from lora_core._layers import CHILD, LoRAWeight, Slot, mixin_for, slots, why_not
 
 type_ = type
 _MOST_NAMES = 16  # names of one module that are told apart
@@ -21,19 +22,23 @@ Patterns = Pattern | Sequence[Pattern]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A module, all its dotted names, and why it can't be adapted ("" if it can).
+    """A module or parameter, all its dotted names, and why it can't be adapted ("" if it can).
 
     Attributes:
-        names: Every dotted name under which the module is reached, the first one first.
-        module: The module.
+        names: Every dotted name under which it is reached, the first one first.
+        module: The module, or the place of a parameter that is read and never called.
         adaptable: Whether its kind can carry an adapter.
         problem: What stands in the way on a layer of an adaptable kind.
+        owners: The modules by whose class it is found.
+        raw: Whether it is a parameter that only its own name finds.
     """
 
     names: tuple[str, ...]
-    module: nn.Module
+    module: nn.Module | Slot
     adaptable: bool
     problem: str
+    owners: tuple[nn.Module, ...]
+    raw: bool = False
 
     @property
     def name(self) -> str:
@@ -121,15 +126,48 @@ _LAST_NAMES = {
 
 
 def walk(model: nn.Module) -> list[Candidate]:
-    """Every module of `model` once, with all its names, in the order of `named_modules`."""
+    """Every module of `model` once, with all its names, in the order of `named_modules`.
+
+    A module's parameters that can be adapted where they are read come right after it.
+    """
     seen: _Seen = {}
     _visit(model, "", (), seen)
     found = []
     for module, (names, parents) in seen.items():
+        if isinstance(module, LoRAWeight):
+            owners = (module.owner, *_readers(seen[module.owner][1]))
+            found.append(
+                Candidate(
+                    tuple(names), module, True, "", owners, _is_raw(module.owner, module.lora_label)
+                )
+            )
+            continue
         adaptable = mixin_for(module) is not None
-        problem = (why_not(module) or _bypass(parents)) if adaptable else ""
-        found.append(Candidate(tuple(names), module, adaptable, problem))
+        readers = _readers(parents) if adaptable else []
+        there = CHILD in module._modules
+        problem = why_not(module) if adaptable and not (readers and there) else ""
+        is_read = bool(readers) and not problem
+        owners = (module, *readers)
+        found.append(Candidate(tuple(names), module, adaptable and not is_read, problem, (module,)))
+        if is_read and not there:
+            found.append(Candidate(tuple(names), Slot(module, "weight", ""), True, "", owners))
+        for slot in slots(module):
+            if slot.child not in module._modules:
+                labelled = tuple(f"{name}.{slot.label}".lstrip(".") for name in names)
+                raw = _is_raw(module, slot.label)
+                found.append(Candidate(labelled, slot, True, why_not(slot), (module,), raw))
     return found
+
+
+def modules_of(candidates: Iterable[Candidate]) -> list[nn.Module]:
+    """The modules among these, each once."""
+    return [c.module for c in candidates if isinstance(c.module, nn.Module)]
+
+
+def _is_raw(owner: nn.Module, label: str) -> bool:
+    """Whether a parameter is none of those that a known kind of module is made of."""
+    packed = isinstance(owner, nn.MultiheadAttention) and label in _PROJECTIONS
+    return bool(label) and not packed and not isinstance(owner, nn.RNNBase | nn.RNNCellBase)
 
 
 # a module, its dotted names, and its parents with what they call it
@@ -144,20 +182,13 @@ def _visit(module: nn.Module, name: str, above: tuple[nn.Module, ...], seen: _Se
     names.append(name)
     parents += [(parent, name.rpartition(".")[2]) for parent in above[-1:]]
     for child, part in [(c, n) for n, c in module._modules.items() if c is not None]:
-        # torch.compile's wrapper is not seen
-        dotted = name if part == "_orig_mod" else f"{name}.{part}".lstrip(".")
+        dotted = clean(f"{name}.{part}".lstrip("."))
         _visit(child, dotted, (*above, module), seen)
 
 
-def _bypass(parents: list[tuple[nn.Module, str]]) -> str:
-    """Names the parent that reads this layer's weight itself and never calls the layer."""
-    for parent, name in parents:
-        if name in _LAST_NAMES and _reads_weights(type(parent)):  # type: ignore[arg-type]
-            return (
-                f"is never called: {_kind(parent)} reads its weight itself, so an adapter"
-                " would have no effect. Exclude it."
-            )
-    return ""
+def _readers(parents: list[tuple[nn.Module, str]]) -> list[nn.Module]:
+    """The parents that read this layer's weight themselves and never call the layer."""
+    return [p for p, name in parents if name in _LAST_NAMES and _reads_weights(type(p))]  # type: ignore[arg-type]
 
 
 @lru_cache
@@ -174,11 +205,19 @@ def _kind(module: nn.Module) -> str:
     return "nn.MultiheadAttention" if torchs else type(module).__name__
 
 
+_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
 def attention_projections(candidates: Sequence[Candidate]) -> dict[str, str]:
     """The attention projections by first name, with the title of the dialect that found each."""
     by_name = {name: c for c in candidates for name in c.names}
     found: dict[str, str] = {}
     for name, block in by_name.items():
+        if not isinstance(block.module, nn.Module):
+            continue
+        if isinstance(block.module, nn.MultiheadAttention):
+            here = [_child(by_name, name, child) for child in (*_PROJECTIONS, "out_proj")]
+            found.update({c.name: "nn.MultiheadAttention" for c in here if c})
         children = block.module._modules
         for dialect in DIALECTS:
             if not any(child.partition(".")[0] in children for child in dialect.inputs):
@@ -197,10 +236,12 @@ def attention_projections(candidates: Sequence[Candidate]) -> dict[str, str]:
 def _child(by_name: dict[str, Candidate], block: str, child: str) -> Candidate | None:
     if child.startswith("../"):
         block, child = block.rpartition(".")[0], child.removeprefix("../")
-        if not _says_attention(block, by_name[block].module):
+        parent = by_name[block].module
+        if not isinstance(parent, nn.Module) or not _says_attention(block, parent):
             return None
     candidate = by_name.get(f"{block}.{child}".lstrip("."))
-    return candidate if candidate and candidate.adaptable else None
+    mixin = mixin_for(candidate.module) if candidate and candidate.adaptable else None
+    return candidate if mixin and mixin.lora_kind in ("linear", "weight") else None
 
 
 def _says_attention(name: str, module: nn.Module) -> bool:
@@ -228,15 +269,20 @@ def matches(pattern: Pattern, candidate: Candidate) -> bool:
     """Whether a pattern names this module under any of its names.
 
     A string is a glob over the dotted name, or over any tail of it that begins after a dot, so
-    that a bare word is the last segment and "to_out.0" finds every such pair of segments.
+    that a bare word is the last segment and "to_out.0" finds every such pair of segments. A raw
+    parameter must be called by its own name at the end of such a pattern; nothing else finds it.
     """
+    if candidate.raw and not (
+        isinstance(pattern, str) and pattern.rpartition(".")[2] == candidate.name.rpartition(".")[2]
+    ):
+        return False
     if isinstance(pattern, str):
         pattern = _glob(pattern)
     if isinstance(pattern, re.Pattern):
         return any(pattern.fullmatch(name) for name in candidate.names)
     if isinstance(pattern, type_):
-        return isinstance(candidate.module, pattern)
-    return any(bool(pattern(name, candidate.module)) for name in candidate.names)
+        return any(isinstance(owner, pattern) for owner in candidate.owners)
+    return any(bool(pattern(name, candidate.owners[0])) for name in candidate.names)
 
 
 @lru_cache
@@ -259,7 +305,7 @@ def choose(
         chosen = {c.name for c in adaptable if c.name in projections and not c.problem}
         reason = "no attention projection"
         if not chosen:
-            raise _no_attention(candidates, adaptable)
+            raise _no_attention(adaptable)
         asked: set[str] = set()
     else:
         patterns = as_patterns("targets", targets)
@@ -276,7 +322,7 @@ def choose(
     if hazards:
         raise UnsupportedLayerError(
             f"Every layer that `targets` names must be adaptable, but {hazards[0].name!r}"
-            f" ({type(hazards[0].module).__name__}) {hazards[0].problem}"
+            f" ({type(hazards[0].owners[0]).__name__}) {hazards[0].problem}"
             + (f" So are {len(hazards) - 1} more." if len(hazards) > 1 else "")
         )
     if not chosen:
@@ -284,7 +330,7 @@ def choose(
     left_out = {
         c.name: excluded.get(c.name) or c.problem or reason
         for c in adaptable
-        if c.name not in chosen
+        if c.name not in chosen and not c.raw
     }
     return [c for c in adaptable if c.name in chosen], left_out
 
@@ -298,14 +344,14 @@ def _targeted(
         others = [] if hits else [c for c in candidates if not c.adaptable and matches(pattern, c)]
         if others:
             first = others[0]
-            inside = [c.name for c in adaptable if c.name.startswith(f"{first.name}.")]
+            inside = [c.name for c in adaptable if c.name.startswith(f"{first.name}.".lstrip("."))]
             raise UnsupportedLayerError(
-                f"`targets` must match a linear layer, but {_shown(pattern)} matches only"
-                f" {type(first.module).__name__} at {first.name!r}."
+                f"`targets` must match an adaptable layer or parameter, but {_shown(pattern)}"
+                f" matches only {type(first.module).__name__} at {first.name!r}."
                 + (f" It holds {listed(inside)}: write '{first.name}.*'." if inside else "")
             )
         if not hits:
-            raise _no_match("targets", pattern, adaptable, "linear layers")
+            raise _no_match("targets", pattern, adaptable, "adaptable layers")
         asked.update(c.name for c in hits)
     return asked
 
@@ -334,27 +380,22 @@ def _no_match(what: str, pattern: Pattern, among: Sequence[Candidate], kind: str
         close = difflib.get_close_matches(pattern, [*dict.fromkeys([*tails, *names])], n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     if not hint:
-        tails = sorted({c.name.rpartition(".")[2] for c in among})
+        tails = sorted({c.name.rpartition(".")[2] for c in among if not c.raw})
         hint = f" Their names end in {listed(tails)}." if any(tails) else ""
+    layers = [c for c in among if not c.raw]
     return TargetError(
         f"`{what}` must match a layer, but {_shown(pattern)} matches none of"
-        f" {len(among)} {kind}.{hint}"
+        f" {len(layers)} {kind}.{hint}"
     )
 
 
-def _no_attention(candidates: Sequence[Candidate], adaptable: Sequence[Candidate]) -> TargetError:
-    fused = [c for c in candidates if _reads_weights(type(c.module))]  # type: ignore[arg-type]
-    why = (
-        f" {listed([c.name for c in fused])}: {_kind(fused[0].module)} reads its weights itself and"
-        " has no layer to adapt."
-        if fused
-        else ""
-    )
-    tails = sorted({c.name.rpartition(".")[2] for c in adaptable} - {""})
+def _no_attention(adaptable: Sequence[Candidate]) -> TargetError:
+    layers = [c for c in adaptable if not c.raw]
+    tails = sorted({c.name.rpartition(".")[2] for c in layers} - {""})
     repair = f" Name layers with `targets=`: {listed(tails)}." if tails else ""
     return TargetError(
         "The model must have attention projections that `inject` knows by name and place, but"
-        f" none of its {len(adaptable)} linear layers is one.{why}{repair}"
+        f" none of its {len(layers)} adaptable layers is one.{repair}"
     )
 
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._errors import ConfigError, UnsupportedLayerError
-from lora_core._layers.linear import LoRALinear
+from lora_core._layers.linear import LoRALinear, is_fused
 from lora_core._layers.mixin import LoRAMixin
 from lora_core.kernels import Plan
 
@@ -46,15 +46,17 @@ def explain(layer: nn.Module, x: Tensor) -> Plan:
         raise ConfigError(
             f"`x` must have shape (..., {layer.in_features}), but has {tuple(x.shape)}."
         )
-    active = layer.active_factors()
+    active = layer.lora_active(x)
     if layer.lora_merged is not None:
         hidden = layer.lora_merged.merged is not None
         return Plan("frozen", _HIDDEN if hidden else "the adapters are merged into the weight")
-    if not active:
+    if not active.updates:
         return Plan("frozen", "no adapter is active")
     if not isinstance(layer, LoRALinear):
         return Plan("composed", "the host's own forward makes the base, the update is added")
-    if len(active) > 1:
+    if len(active.updates) > 1:
         return Plan("composed", "the active adapters differ in dropout: each is a sum of its own")
-    lora_A, lora_B, gain, dropout = active[0]
+    if not is_fused(active):
+        return Plan("composed", "an adapter has a magnitude or a bias beside its two factors")
+    lora_A, lora_B, gain, dropout = active.updates[0]
     return functional.fused_plan(x, layer.weight, layer.bias, lora_A, lora_B, gain, dropout=dropout)

@@ -6,7 +6,8 @@ attributes and identity survive.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from functools import lru_cache
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,67 +15,103 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError, MergeError, UnsupportedLayerError, listed
+from lora_core._layers.norms import length_of, norm_of
+from lora_core._layers.state import Active, Selection, Strength, Update
 
-# attribute of a module: adapter -> parameters that it keeps frozen, and whether each trained before
-FROZEN = "lora_frozen"
 _MARK = "lora_merged"  # key beside a merged weight in a state dict
-
-
-class Selection(NamedTuple):
-    """The active adapters of one layer; replaced whole, so that a forward sees one or another.
-
-    Attributes:
-        names: The active adapters, in the order in which they were chosen.
-        strengths: What the user multiplies each by.
-        gains: ``strength * scale`` as 0-d tensors: a new value recompiles nothing.
-    """
-
-    names: tuple[str, ...]
-    strengths: tuple[float, ...]
-    gains: tuple[Tensor, ...]
-
-
-class Merged(NamedTuple):
-    """What a merge did to one layer.
-
-    Attributes:
-        strengths: The adapters that were added, and how strongly.
-        kept: The original values, None where the merge kept no copy.
-        merged: The merged values while `disabled` shows the originals, else None.
-        parameter: The layer's own Parameter where the merge had to untie it, else None.
-    """
-
-    strengths: dict[str, float]
-    kept: Tensor | None
-    merged: Tensor | None = None
-    parameter: nn.Parameter | None = None
-
-
-def reset(lora_A: Tensor, lora_B: Tensor, generator: torch.Generator | None = None) -> None:
-    """Fills the factors of a fresh adapter, in place.
-
-    `lora_A` Kaiming-uniform with a = sqrt(5), `lora_B` zero.
-    """
-    with torch.no_grad():
-        bound = 1 / math.sqrt(lora_A.shape[1])  # what nn.init.kaiming_uniform_ works out
-        lora_A.uniform_(-bound, bound, generator=generator)
-        lora_B.zero_()
+Shape = tuple[int, ...]
 
 
 class LoRAMixin(nn.Module):
-    """Adapters on a layer that maps ``in_features`` to ``out_features`` by one matrix.
+    """Adapters on a layer; this one on a matrix that maps ``in_features`` to ``out_features``.
 
     The parameters of adapter `name` are ``lora_A_<name>`` (rank, in_features) and
-    ``lora_B_<name>`` (out_features, rank), flat on the layer itself.
+    ``lora_B_<name>`` (out_features, rank), flat on the layer itself; what else its settings ask
+    for (``lora_mid``, ``lora_magnitude``, ``lora_bias``, ``lora_A0``, ``lora_B0``) likewise.
     """
 
     host_class: ClassVar[type[nn.Module]]
-    transposed: ClassVar[bool] = False  # whether the weight is stored (in, out)
+    lora_kind: ClassVar[str] = "linear"
+    lora_linear_in_weight: ClassVar[bool] = False  # whether the host's forward is known to be
+    lora_rank_dims: ClassVar[tuple[int, int]] = (0, 1)  # where lora_A and lora_B have their rank
 
     weight: Tensor
     lora_configs: dict[str, AdapterConfig]
     lora_selection: Selection
-    lora_merged: Merged | None
+    lora_merged: Any
+
+    @classmethod
+    def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
+        """``(in, out)`` of the matrix that is adapted; in is all that one output sees."""
+        # a quantised weight may have another shape
+        return int(host.in_features), int(host.out_features)  # type: ignore[arg-type]
+
+    @classmethod
+    def lora_shapes(cls, host: nn.Module, config: AdapterConfig) -> dict[str, Shape]:
+        """The shape of each part of an adapter."""
+        size, out = cls.lora_sizes(host)
+        rank = config.room
+        every = {
+            "lora_A": (rank, size),
+            "lora_B": (out, rank),
+            "lora_magnitude": (out,),
+            "lora_bias": (out,),
+            "lora_A0": (rank, size),
+            "lora_B0": (out, rank),
+        }
+        return {part: every[part] for part in config.parts}
+
+    @classmethod
+    def lora_refusal(cls, host: nn.Module, config: AdapterConfig) -> str:  # noqa: ARG003
+        """Which setting this kind of layer can't have, and why; "" if it can have all."""
+        return "`tucker` needs a convolution" if config.tucker else ""
+
+    @classmethod
+    def lora_matrix(cls, weight: Tensor) -> Tensor:
+        """A weight of this kind as ``(out, in)``, a view."""
+        return weight
+
+    @classmethod
+    def lora_like_weight(cls, dense: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG003
+        """An ``(out, in)`` matrix in the layout of a weight of this kind."""
+        return dense
+
+    @classmethod
+    def lora_fan_in(cls, size: int) -> int:
+        """How many entries of its input a rank sums over."""
+        return size
+
+    @classmethod
+    def lora_tidy(cls, host: nn.Module, values: dict[str, Tensor]) -> None:
+        """Changes the tensors of a fresh adapter as this kind of layer needs it, in place."""
+
+    def lora_reset(self, name: str) -> None:
+        """Fills the factors of an adapter that lost its values: `lora_B` zero, in place."""
+        with torch.no_grad():
+            for part, p in self.lora_parts(name).items():
+                p.zero_()
+                if part in ("lora_A", "lora_mid"):
+                    bound = 1 / math.sqrt(self.lora_fan_in(p[0].numel()))
+                    p.uniform_(-bound, bound)
+
+    def lora_probe(self, generator: torch.Generator) -> Tensor:
+        """An input on which a host can be tried."""
+        weight = self.weight
+        x = torch.randn(4, self.lora_sizes(self)[0], generator=generator)
+        return x.to(weight.device, weight.dtype)
+
+    def lora_addition(self, x: Tensor, base: Tensor) -> Tensor:
+        """What the active updates add to the host's output for `x` by way of the weight, wide."""
+        (update,), stretch, _ = self._lora_wide()
+        x = x.double() if x.is_floating_point() else x
+        added = self.lora_update(
+            x, update._replace(gain=cast(Tensor, update.gain).double())
+        ).double()
+        if stretch is None:
+            return added
+        own = getattr(self, "bias", None)
+        directed = base.double() if own is None else base.double() - self.lora_channels(own, base)
+        return added + self.lora_channels(stretch.double(), base) * directed
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         base: Tensor = super().forward(*args, **kwargs)  # the host's
@@ -84,103 +121,319 @@ class LoRAMixin(nn.Module):
                 f" returns {type(base).__name__}. Eject the adapter from this layer."
             )
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        for lora_A, lora_B, gain, dropout in self.active_factors():
-            update = functional.lora_update(x, lora_A, lora_B, gain, dropout=dropout)
-            base = base + update.to(base.dtype)
-        return base
+        updates, stretch, bias = self.lora_active(x)
+        out = base
+        if stretch is not None:
+            own = getattr(self, "bias", None)
+            directed = base if own is None else base - self.lora_channels(own, base).to(base.dtype)
+            out = out + (self.lora_channels(stretch, base) * directed).to(base.dtype)
+        for update in updates:
+            out = out + self.lora_update(x, update).to(base.dtype)
+        return out if bias is None else out + self.lora_channels(bias, base).to(base.dtype)
 
-    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def lora_update(self, x: Tensor, update: Update) -> Tensor:
+        """What one update adds to the host's output."""
+        lora_A, lora_B, gain, dropout = update
+        return functional.lora_update(x, lora_A, lora_B, gain, dropout=dropout)
+
+    def lora_channels(self, values: Tensor, out: Tensor) -> Tensor:
+        """Values per output feature, ``(out,)`` or ``(batch, out)``, as they broadcast to `out`."""
+        if values.ndim == 1:
+            return values
+        return values.view(values.shape[0], *[1] * (out.ndim - 2), values.shape[1])
+
+    def lora_samples(self, x: Tensor) -> int | None:
+        """How many samples an input holds, None where it has no batch dimension."""
+        return x.shape[0] if x.ndim > 1 else None
+
+    def lora_factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """``(lora_A, lora_B)`` of one adapter."""
         own, down, up = self._parameters, f"lora_A_{name}", f"lora_B_{name}"
         if down in own and up in own:  # at a tenth of what `getattr` takes
             return own[down], own[up]  # type: ignore[return-value]
         return getattr(self, down), getattr(self, up)
 
-    def active_factors(self) -> list[tuple[Tensor, Tensor, Tensor | float, float]]:
-        """``(lora_A, lora_B, gain, dropout)`` of what is active, stacked where dropout allows.
+    def lora_parts(self, name: str) -> dict[str, nn.Parameter]:
+        """All tensors of one adapter, by what they are."""
+        return {part: getattr(self, f"{part}_{name}") for part in self.lora_configs[name].parts}
 
-        Adapters that drop the same share of the input are one pair of products; merged ones are
-        in the weight already and none. A gain is a number where one will do, which costs a fast
-        path nothing; under torch.compile it is a tensor, so that another value recompiles nothing.
+    def lora_trained_parts(self, name: str) -> dict[str, nn.Parameter]:
+        """Those that an optimiser is given."""
+        return {part: p for part, p in self.lora_parts(name).items() if not part.endswith("0")}
+
+    def lora_stored(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one adapter as a file holds them, without ranks that are only reserved."""
+        config, parts = self.lora_configs[name], self.lora_parts(name)
+        if config.room == config.rank:
+            return dict(parts)
+        down, up = self.lora_rank_dims
+        dims = {"lora_A": (down,), "lora_B": (up,), "lora_mid": (0, 1)}
+        cut: dict[str, Tensor] = {}
+        for part, p in parts.items():
+            values = p.detach()
+            for dim in dims.get(part.removesuffix("0"), ()):
+                values = values.narrow(dim, 0, config.rank)
+            cut[part] = values
+        return cut
+
+    def lora_active(self, x: Tensor | None = None) -> Active:
+        """What a forward of `x` adds: stacked where dropout allows, so one pair of products.
+
+        Adapters that drop the same share of the input are one pair; merged ones are in the weight
+        already and none. A gain is a number where one will do, which costs a fast path nothing;
+        under torch.compile it is a tensor, so that another value recompiles nothing, and every
+        adapter on the layer takes part, so that another choice doesn't either.
 
         Raises:
             MergeError: If the layer is merged and this forward would train an adapter.
+            ConfigError: If strengths per sample don't fit the batch of `x`.
         """
-        names, strengths, gains = self.lora_selection
         if self.lora_merged is not None:
-            self._refuse_training(tuple(self.lora_merged.strengths))
-            return []
-        scales: Sequence[Tensor | float] = gains
-        if not torch.compiler.is_compiling():  # which would guard on the numbers that it sees
-            numbers = [
-                s * self.lora_configs[name].scale for name, s in zip(names, strengths, strict=True)
-            ]
-            scales = numbers if len(set(numbers)) == 1 else gains
-        if len(names) == 1:
-            dropout = self.lora_configs[names[0]].dropout if self.training else 0.0
-            return [(*self.factors(names[0]), scales[0], dropout)]
-        groups: dict[float, list[tuple[Tensor, Tensor, Tensor | float]]] = {}
-        for name, scale in zip(names, scales, strict=True):
-            dropout = self.lora_configs[name].dropout if self.training else 0.0
-            groups.setdefault(dropout, []).append((*self.factors(name), scale))
-        return [(*functional.stack_factors(group), p) for p, group in groups.items()]
+            self._lora_refuse_training(tuple(self.lora_merged.strengths))
+            return Active([])
+        if torch.compiler.is_compiling():
+            # unpacked at once: a graph would guard on the strengths of a tuple that is passed on
+            _, _, _, bank = self.lora_selection
+            return self._lora_collect(tuple(self.lora_configs), bank, x, training=self.training)
+        while True:
+            seen = self.lora_selection
+            names, strengths, gains, _ = seen
+            scales: Sequence[Tensor | float] = gains
+            if not any(isinstance(s, tuple) for s in strengths):
+                numbers = [
+                    s * self.lora_configs[name].scale  # type: ignore[operator]
+                    for name, s in zip(names, strengths, strict=True)
+                ]
+                scales = numbers if len(set(numbers)) == 1 else gains
+            try:
+                found = self._lora_collect(names, scales, x, training=self.training)
+            except (AttributeError, KeyError):  # of an adapter that another thread took off
+                if self.lora_selection is seen:
+                    raise
+                continue
+            if self.lora_selection is seen:  # no other thread changed it in the meantime
+                return found
 
-    def _refuse_training(self, names: tuple[str, ...]) -> None:
+    def _lora_collect(
+        self,
+        names: Sequence[str],
+        scales: Sequence[Tensor | float],
+        x: Tensor | None,
+        *,
+        training: bool,
+    ) -> Active:
+        if len(names) == 1:
+            config, scale = self.lora_configs[names[0]], scales[0]
+            if config.plain and (not isinstance(scale, Tensor) or scale.ndim == 0):
+                dropout = config.dropout if training else 0.0
+                return Active([Update(*self.lora_factors(names[0]), scale, dropout)])
+        groups: dict[float, list[tuple[Tensor, Tensor, Tensor | float]]] = {}
+        stretch = bias = None
+        for name, scale in zip(names, scales, strict=True):
+            config = self.lora_configs[name]
+            gain = self._lora_per_sample(scale, x)
+            lora_A, lora_B = self._lora_low_rank(name, config)
+            if config.bias:
+                own = self._lora_bias_term(name, config, gain)
+                bias = own if bias is None else bias + own
+            if config.dora:
+                ratio = self._lora_ratio(name, config, gain, lora_A, lora_B)
+                lora_B = lora_B * ratio.view(-1, *[1] * (lora_B.ndim - 1)).to(lora_B.dtype)
+                stretch = ratio - 1 if stretch is None else stretch + (ratio - 1)
+            if training:
+                gain = self._lora_dropped(gain, config, lora_A, x)
+            dropout = config.dropout if training else 0.0
+            if _is_per_sample(gain) and not (training and config.rank_dropout):
+                gain = gain[:, None].expand(-1, lora_A.shape[self.lora_rank_dims[0]])  # type: ignore[index]
+            groups.setdefault(dropout, []).append((lora_A, lora_B, gain))
+        dims = self.lora_rank_dims
+        updates = [Update(*functional.stack_factors(g, dims), p) for p, g in groups.items()]
+        return Active(updates, stretch, bias)
+
+    def _lora_low_rank(self, name: str, config: AdapterConfig) -> tuple[Tensor, Tensor]:
+        """The update as two factors, whatever parts it consists of."""
+        lora_A: Tensor
+        lora_B: Tensor
+        lora_A, lora_B = self.lora_factors(name)
+        if config.tucker:
+            lora_A = functional.tucker_down(lora_A, getattr(self, f"lora_mid_{name}"))
+        if config.subtracted:
+            first = getattr(self, f"lora_A0_{name}"), getattr(self, f"lora_B0_{name}")
+            return self.lora_subtracted(lora_A, lora_B, *first)
+        return lora_A, lora_B
+
+    @staticmethod
+    def lora_subtracted(lora_A: Tensor, lora_B: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:
+        """`functional.subtracted` for factors of this kind."""
+        return functional.subtracted(lora_A, lora_B, *first)
+
+    def _lora_per_sample(self, gain: Tensor | float, x: Tensor | None) -> Tensor | float:
+        """A gain per sample for the batch of `x`, which guidance may have doubled."""
+        if not isinstance(gain, Tensor) or gain.ndim == 0 or x is None:
+            return gain
+        batch, given = self.lora_samples(x), gain.shape[0]
+        if batch == given:
+            return gain
+        if batch == 2 * given:  # the samples without a prompt, then those with one
+            return gain.repeat(2)
+        raise ConfigError(
+            f"Strengths per sample must fit the batch, but `scales` gave {given} and the input of a"
+            f" {self.host_class.__name__} has shape {tuple(x.shape)}. Give as many strengths as"
+            " samples (or half as many, under guidance's doubled batch)."
+        )
+
+    def _lora_bias_term(self, name: str, config: AdapterConfig, gain: Tensor | float) -> Tensor:
+        strength = gain / config.scale
+        values: Tensor = getattr(self, f"lora_bias_{name}")
+        return values * (strength[:, None] if _is_per_sample(strength) else strength)  # type: ignore[index]
+
+    def _lora_ratio(
+        self,
+        name: str,
+        config: AdapterConfig,
+        gain: Tensor | float,
+        lora_A: Tensor,
+        lora_B: Tensor,
+    ) -> Tensor:
+        if _is_per_sample(gain):
+            raise ConfigError(
+                f"A DoRA adapter must have one strength for all samples, but {name!r} has one for"
+                " each: the lengths of a weight's rows belong to no sample. Use `scales` with a"
+                " number."
+            )
+        matrix = self.lora_matrix(self.weight)
+        norm = norm_of(self, name, matrix, lora_A.flatten(1), lora_B.flatten(1), gain)
+        magnitude: Tensor = getattr(self, f"lora_magnitude_{name}")
+        return functional.dora_ratio(
+            magnitude.to(norm.dtype), length_of(self, matrix), norm, gain / config.scale
+        )
+
+    def _lora_dropped(
+        self, gain: Tensor | float, config: AdapterConfig, lora_A: Tensor, x: Tensor | None
+    ) -> Tensor | float:
+        """A gain with whole ranks, or all of them, dropped at random."""
+        if config.rank_dropout:
+            rank = config.room  # those that are subtracted are dropped with theirs
+            batch = None if x is None else self.lora_samples(x)
+            shape = (rank,) if batch is None else (batch, rank)
+            kept = torch.rand(shape, device=lora_A.device) >= config.rank_dropout
+            halves = lora_A.shape[self.lora_rank_dims[0]] // rank
+            mask = kept.repeat(*[1] * (kept.ndim - 1), halves) / (1 - config.rank_dropout)
+            gain = mask * (gain[:, None] if _is_per_sample(gain) else gain)  # type: ignore[index]
+        if config.module_dropout:
+            gain = gain * (torch.rand((), device=lora_A.device) >= config.module_dropout)
+        return gain
+
+    def _lora_refuse_training(self, names: tuple[str, ...]) -> None:
         if not (self.training and torch.is_grad_enabled()):
             return
-        if any(p.requires_grad for name in names for p in self.factors(name)):
+        if any(p.requires_grad for name in names for p in self.lora_trained_parts(name).values()):
             raise MergeError(
                 f"A layer in training mode must be unmerged, but {listed(names)} is merged into its"
                 " weight and would get no gradient. Call `unmerge(model)`, or `model.eval()`."
             )
 
-    def delta(self) -> Tensor:
+    def lora_delta(self) -> Tensor:
         """The sum of the active updates in the weight's own layout, float32 or wider."""
-        dense = functional.lora_delta(*self.stacked())
-        return dense.T if self.transposed else dense
+        updates, stretch, _ = self._lora_wide()
+        lora_A, lora_B, gain, _ = updates[0]
+        dense = functional.lora_delta(*self.lora_as_matrices(lora_A, lora_B), gain)
+        if stretch is not None:
+            matrix = self.lora_matrix(self.weight)
+            dense = dense + stretch[:, None] * matrix.to(dense.dtype)
+        return self.lora_like_weight(dense, self.weight)
 
-    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(lora_A, lora_B, gain)`` of what is active as one adapter, detached.
+    def lora_bias_delta(self) -> Tensor | None:
+        """What the active adapters add to the bias, None if nothing."""
+        return self._lora_wide().bias
 
-        In the weight's precision, float32 or wider, as a forward multiplies them.
+    def lora_stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(lora_A, lora_B, gain)`` of what is active as one adapter of matrices, detached.
+
+        In the weight's precision, float32 or wider, as a forward multiplies them. A DoRA adapter
+        adds more than these: see `delta`.
         """
-        names, _, gains = self.lora_selection
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        factors = ([f.detach().to(dtype) for f in self.factors(name)] for name in names)
-        return functional.stack_factors(
-            [(A, B, gain) for (A, B), gain in zip(factors, gains, strict=True)]
-        )
+        lora_A, lora_B, gain, _ = self._lora_wide().updates[0]
+        return (*self.lora_as_matrices(lora_A, lora_B), cast(Tensor, gain))
 
-    def select(self, strengths: dict[str, float]) -> Selection:
+    def _lora_wide(self) -> Active:
+        names, _, gains, _ = self.lora_selection
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.no_grad():
+            (update,), stretch, bias = self._lora_collect(names, gains, None, training=False)
+        lora_A, lora_B = (f.detach().to(wide) for f in update[:2])
+        gain = cast(Tensor, update.gain).to(wide)
+        found = Update(lora_A, lora_B, gain, 0.0)
+        return Active([found], stretch, None if bias is None else bias.detach())
+
+    @staticmethod
+    def lora_as_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors as the matrices whose product the update is."""
+        return lora_A.flatten(1), lora_B.flatten(1)
+
+    def lora_norm(self, name: str, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """The norm that an adapter's update would have with these factors, by Frobenius."""
+        config = self.lora_configs[name]
+        if config.tucker:
+            lora_A = functional.tucker_down(lora_A, getattr(self, f"lora_mid_{name}"))
+        return functional.delta_norm(*self.lora_as_matrices(lora_A, lora_B), config.scale)
+
+    def lora_home(self) -> tuple[nn.Module, str]:
+        """The module that has the adapted Parameter, and its name there."""
+        return self, "weight"
+
+    def lora_held(self) -> Tensor:
+        """The weight's values, to be kept: no later `put` changes them."""
+        return self.weight.data
+
+    def lora_held_bias(self) -> Tensor | None:
+        """The bias's values, likewise; None where there is none."""
+        bias = self._parameters.get("bias")
+        return None if bias is None else bias.data
+
+    def lora_put(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Gives the weight other values, and the bias where they are given; in place."""
+        swap(self.weight, weight)
+        if bias is not None:
+            own = self._parameters["bias"]
+            assert own is not None
+            swap(own, bias)
+
+    def lora_select(self, strengths: Mapping[str, Strength]) -> Selection:
         """The selection with these strengths, of the adapters that this layer has."""
         mine = {name: s for name, s in strengths.items() if name in self.lora_configs}
-        return Selection(
-            tuple(mine), tuple(mine.values()), tuple(self._gain(n, s) for n, s in mine.items())
-        )
+        gains = {name: self._lora_gain(name, s) for name, s in mine.items()}
+        none = _zero(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32))
+        bank = tuple(gains.get(name, none) for name in self.lora_configs)
+        return Selection(tuple(mine), tuple(mine.values()), tuple(gains.values()), bank)
 
-    def _gain(self, name: str, strength: float) -> Tensor:
+    def _lora_gain(self, name: str, strength: Strength) -> Tensor:
         weight = self.weight
         device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
-        for known, s, gain in zip(*self.lora_selection, strict=True):
+        for known, s, gain in zip(*self.lora_selection[:3], strict=True):
             if (known, s, gain.device, gain.dtype) == (name, strength, device, dtype):
                 return gain
-        value, limit = strength * self.lora_configs[name].scale, torch.finfo(dtype).max
-        if not abs(value) <= limit:
+        scale, limit = self.lora_configs[name].scale, torch.finfo(dtype).max
+        values = strength if isinstance(strength, tuple) else (strength,)
+        value = max((abs(s * scale) for s in values), default=0.0)
+        if not value <= limit:
             raise ConfigError(
                 f"`strength * scale` must be at most {limit:.3g}, but is {value:.3g} for"
                 f" {name!r}. Choose smaller values."
             )
         # a selection made in inference mode must be usable in training
         with torch.inference_mode(mode=False):
-            return torch.tensor(value, dtype=dtype, device=device)
+            if isinstance(strength, tuple):
+                return torch.tensor([s * scale for s in strength], dtype=dtype, device=device)
+            return torch.tensor(strength * scale, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        hollow = [name for name in self.lora_configs if self.factors(name)[0].is_meta]
+        hollow = [name for name in self.lora_configs if self.lora_factors(name)[0].is_meta]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in hollow:  # now with memory, perhaps, but never with values
-            reset(*self.factors(name))
-        names, strengths, _ = self.lora_selection
-        self.lora_selection = self.select(dict(zip(names, strengths, strict=True)))
+            self.lora_reset(name)
+        names, strengths, _, _ = self.lora_selection
+        self.lora_selection = self.lora_select(dict(zip(names, strengths, strict=True)))
         return self
 
     def _load_from_state_dict(
@@ -200,7 +453,10 @@ class LoRAMixin(nn.Module):
 
     def extra_repr(self) -> str:
         adapters = (
-            f"{name}: rank={c.rank}, alpha={c.alpha:g}" + ", rslora" * c.rslora
+            f"{name}: rank={c.rank}, alpha={c.alpha:g}"
+            + ", rslora" * c.rslora
+            + ", dora" * c.dora
+            + ", bias" * c.bias
             for name, c in _configs(self)
         )
         return ", ".join(filter(None, [super().extra_repr(), *adapters]))
@@ -213,14 +469,24 @@ class LoRAMixin(nn.Module):
         merged = vars(self).get("lora_merged")
         if merged is not None and merged.merged is not None:
             # inside `disabled`: the copy is the base that is shown, unmerged
-            weight = self.weight if merged.parameter is None else merged.parameter
+            shared = {} if merged.parameter is None else {"weight": merged.parameter}
             state = {
                 **state,
-                "_parameters": {**self._parameters, "weight": weight},
-                "lora_selection": Selection((), (), ()),
+                "_parameters": {**self._parameters, **shared},
+                "lora_selection": self.lora_select({}),
                 "lora_merged": None,
             }
         return (make, arguments, state, *rest)
+
+
+def swap(weight: Tensor, values: Tensor) -> None:
+    """Gives a Parameter other values without a copy, and lets autograd know.
+
+    A backward through a forward made before the swap raises instead of using wrong values.
+    """
+    weight.data = values.to(weight.device, weight.dtype)
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
 
 
 def refuse_merged(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -246,12 +512,8 @@ def _configs(layer: LoRAMixin) -> list[tuple[str, AdapterConfig]]:
     return list(getattr(layer, "lora_configs", {}).items())
 
 
-class TransposedLoRAMixin(LoRAMixin):
-    """The mixin for layers that store their matrix (in, out), as GPT-2's Conv1D does."""
-
-    transposed = True
-
-
+# host class -> what adapts it and its subclasses
+KINDS: dict[type[nn.Module], type[LoRAMixin]] = {}
 # host class -> the class that its objects take on when adapted; others are made on demand
 ADAPTED: dict[type[nn.Module], type[LoRAMixin]] = {}
 
@@ -259,14 +521,46 @@ ADAPTED: dict[type[nn.Module], type[LoRAMixin]] = {}
 def adapted_class(host: type[nn.Module]) -> type[LoRAMixin]:
     """The class that objects of class `host` take on when adapted; one per host class."""
     if host not in ADAPTED:
-        mixin = LoRAMixin if issubclass(host, nn.Linear) else TransposedLoRAMixin
+        mixin = next((mixin for kind, mixin in KINDS.items() if issubclass(host, kind)), None)
         names = {"host_class": host, "__module__": host.__module__, "__doc__": host.__doc__}
-        made = type(f"LoRA{host.__name__}", (mixin, host), names)
+        made = type(f"LoRA{host.__name__}", (mixin or TransposedLoRAMixin, host), names)
         ADAPTED[host] = cast(type[LoRAMixin], made)
     return ADAPTED[host]
+
+
+class TransposedLoRAMixin(LoRAMixin):
+    """The mixin for layers that store their matrix (in, out), as GPT-2's Conv1D does."""
+
+    lora_linear_in_weight = True
+
+    @classmethod
+    def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
+        """The weight's own order."""
+        in_features, out_features = host.weight.shape  # type: ignore[misc]
+        return in_features, out_features
+
+    @classmethod
+    def lora_matrix(cls, weight: Tensor) -> Tensor:
+        """The transposed weight."""
+        return weight.T
+
+    @classmethod
+    def lora_like_weight(cls, dense: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG003
+        """The transposed matrix."""
+        return dense.T
 
 
 def _blank(host: type[nn.Module]) -> LoRAMixin:
     """An adapted object without its state: pickle and deepcopy fill it."""
     cls = adapted_class(host)
     return cls.__new__(cls)
+
+
+def _is_per_sample(gain: Tensor | float) -> bool:
+    return isinstance(gain, Tensor) and gain.ndim == 1
+
+
+@lru_cache
+def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.zeros((), dtype=dtype, device=device)

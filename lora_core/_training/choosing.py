@@ -1,6 +1,6 @@
 """Choosing which adapters train, apart from which are active."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -42,7 +42,11 @@ class Trainable(AbstractContextManager["Trainable"]):
         self.adapters = tuple(dict.fromkeys(names))
         self.frozen = tuple(n for n in adapter_names(layers) if n not in names)
         chosen = [
-            p for m in layers.values() for n in names if n in m.lora_configs for p in m.factors(n)
+            p
+            for m in layers.values()
+            for n in names
+            if n in m.lora_configs
+            for p in m.lora_trained_parts(n).values()
         ]
         self.parameters = count(list(dict.fromkeys(chosen)))
         self._over = False
@@ -130,8 +134,11 @@ def _record(layer: LoRAMixin) -> dict[str, dict[str, bool]]:
     return {name: dict(found) for name, found in vars(layer).get(FROZEN, {}).items()}
 
 
-def _keys(adapter: str) -> tuple[str, str]:
-    return f"lora_A_{adapter}", f"lora_B_{adapter}"
+def _trained(layer: LoRAMixin) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """The adapter, the key and the Parameter of all that can train on a layer."""
+    for adapter in layer.lora_configs:
+        for part, p in layer.lora_trained_parts(adapter).items():
+            yield adapter, f"{part}_{adapter}", p
 
 
 def _look(layer: LoRAMixin) -> dict[str, _Found]:
@@ -139,20 +146,18 @@ def _look(layer: LoRAMixin) -> dict[str, _Found]:
     record = _record(layer)
     return {
         key: _Found(p, p.requires_grad, p.grad, {n: f[key] for n, f in record.items() if key in f})
-        for adapter in layer.lora_configs
-        for key, p in zip(_keys(adapter), layer.factors(adapter), strict=True)
+        for _, key, p in _trained(layer)
     }
 
 
 def _choose(layer: LoRAMixin, names: Sequence[str]) -> None:
     """Sets the flags of a layer's factors, and of what adapters found of them before."""
     record = _record(layer)
-    for adapter in layer.lora_configs:
-        for key, p in zip(_keys(adapter), layer.factors(adapter), strict=True):
-            for found in record.values():
-                if key in found:  # it stays in their care, but is not to train after them
-                    found[key] = False
-            _set(p, adapter in names, None)
+    for adapter, key, p in _trained(layer):
+        for found in record.values():
+            if key in found:  # it stays in their care, but is not to train after them
+                found[key] = False
+        _set(p, adapter in names, None)
     if record:
         vars(layer)[FROZEN] = record
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_core._adapters import parameters
+from lora_core._adapters import layers_with
 from lora_core._config import check_finite, check_positive
 from lora_core._errors import ConfigError
 
@@ -19,23 +19,23 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimiser in which `lora_B` learns faster than `lora_A`, as LoRA+ has it.
 
-    Only factors that train now are in them, each Parameter once. Both kinds are matrices and get
-    `weight_decay`; a parameter of one dimension would get none, and an adapter has none.
+    Only what trains now is in them, each Parameter once. `lora_B` gets the higher rate, all else
+    the lower one; what has one dimension, a magnitude or a bias, gets no `weight_decay`.
 
     Args:
         model: A model with adapters.
         name: The adapter; None means all.
         lr: The learning rate of `lora_A`.
         lr_ratio: How many times that `lora_B` gets.
-        weight_decay: The decay of both.
+        weight_decay: The decay of all but magnitudes and biases.
 
     Returns:
-        Two groups, `lora_A` before `lora_B`; one of them alone where nothing else trains.
+        Up to three groups: `lora_A` (and the core of a Tucker form), `lora_B`, and what has one
+        dimension; those in which nothing trains are left out.
 
     Raises:
         AdapterError: If there is no such adapter, or none at all.
         ConfigError: If a number is out of range, or no factor trains.
-        UnsupportedLayerError: As `parameters` does.
 
     Reference:
         Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
@@ -51,15 +51,26 @@ def parameter_groups(
     fast = check_positive("lr * lr_ratio", slow * check_positive("lr_ratio", lr_ratio))
     if check_finite("weight_decay", weight_decay) < 0:
         raise ConfigError(f"`weight_decay` must be at least 0, but is {weight_decay!r}.")
-    factors = parameters(model, name)
+    everything = [
+        (part, p)
+        for layer in layers_with(model, name).values()
+        for adapter in layer.lora_configs
+        if name in (None, adapter)
+        for part, p in layer.lora_trained_parts(adapter).items()
+    ]
+    asked = [
+        (slow, weight_decay, [p for part, p in everything if p.ndim > 1 and part != "lora_B"]),
+        (fast, weight_decay, [p for part, p in everything if part == "lora_B"]),
+        (slow, 0.0, [p for _, p in everything if p.ndim == 1]),
+    ]
     groups: list[dict[str, Any]] = []
-    for kind, rate in ((factors[0::2], slow), (factors[1::2], fast)):  # lora_A, lora_B
+    for rate, decay, kind in asked:
         training = list(dict.fromkeys(p for p in kind if p.requires_grad))
         if training:
-            groups.append({"params": training, "lr": rate, "weight_decay": float(weight_decay)})
+            groups.append({"params": training, "lr": rate, "weight_decay": float(decay)})
     if not groups:
         raise ConfigError(
-            f"An adapter must train to be optimised, but all {len(factors)} factors of"
+            f"An adapter must train to be optimised, but all {len(everything)} factors of"
             f" {'the model' if name is None else repr(name)} are frozen."
             " Call `trainable(model, ...)` with those that are to train."
         )

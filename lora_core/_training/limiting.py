@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lora_core import functional
 from lora_core._adapters import adapter_names, layers_with
 from lora_core._config import check_positive
 from lora_core._errors import ConfigError, MergeError, listed
+from lora_core._layers import LoRAMixin
 from lora_core._reports import NormReport
 
 
@@ -27,7 +27,8 @@ def limit_norm(model: nn.Module, name: str | None = None, *, max_norm: float) ->
 
     Raises:
         AdapterError: If there is no such adapter, or none at all.
-        ConfigError: If `max_norm` is not above 0, or a norm is not finite.
+        ConfigError: If `max_norm` is not above 0, a norm is not finite, or an update is no product
+            of factors (DoRA, or first factors subtracted on the fly).
         MergeError: If a layer is merged: its weight holds the update as it was.
 
     Reference:
@@ -54,13 +55,19 @@ def limit_norm(model: nn.Module, name: str | None = None, *, max_norm: float) ->
         )
     names = adapter_names(layers) if name is None else [name]
     found = {
-        (adapter, n): (*layer.factors(adapter), layer.lora_configs[adapter].scale)
+        (adapter, n): layer
         for adapter in names
         for n, layer in layers.items()
         if adapter in layer.lora_configs
     }
+    odd = [f"{n}.{a}".lstrip(".") for (a, n), m in found.items() if not _is_product(m, a)]
+    if odd:
+        raise ConfigError(
+            f"An update must be a product of factors to be limited, but that of {listed(odd)} is"
+            " DoRA's, or has first factors subtracted. Leave these adapters out."
+        )
     with torch.no_grad():
-        norms = {key: float(functional.delta_norm(*update)) for key, update in found.items()}
+        norms = {(a, n): float(m.lora_norm(a, *m.lora_factors(a))) for (a, n), m in found.items()}
         bad = [f"{n}.{a}".lstrip(".") for (a, n), norm in norms.items() if not math.isfinite(norm)]
         if bad:
             raise ConfigError(
@@ -68,24 +75,30 @@ def limit_norm(model: nn.Module, name: str | None = None, *, max_norm: float) ->
                 " none. Go back to an earlier state; lower the learning rate."
             )
         small = {
-            key: _shrunk(*found[key], norm, limit) for key, norm in norms.items() if norm > limit
+            key: _shrunk(found[key], key[0], norm, limit)
+            for key, norm in norms.items()
+            if norm > limit
         }
-        for key, factors in small.items():
-            for factor, values in zip(found[key][:2], factors, strict=True):
+        for (adapter, n), factors in small.items():
+            for factor, values in zip(layers[n].lora_factors(adapter), factors, strict=True):
                 factor.copy_(values)
     before = {a: {n: norms[a, n] for n in layers if (a, n) in norms} for a in names}
     return NormReport(limit, before)
 
 
-def _shrunk(
-    lora_A: Tensor, lora_B: Tensor, scale: float, norm: float, limit: float
-) -> tuple[Tensor, Tensor]:
-    """These factors at the limit, or as little below as their dtype allows."""
+def _is_product(layer: LoRAMixin, adapter: str) -> bool:
+    config = layer.lora_configs[adapter]
+    return not config.dora and not config.subtracted
+
+
+def _shrunk(layer: LoRAMixin, adapter: str, norm: float, limit: float) -> tuple[Tensor, Tensor]:
+    """An adapter's factors at the limit, or as little below as their dtype allows."""
+    lora_A, lora_B = layer.lora_factors(adapter)
     margin = 0.0
     while True:
         root = math.sqrt(limit / norm * (1 - margin))
         small = lora_A * root, lora_B * root
-        if functional.delta_norm(*small, scale) <= limit:
+        if layer.lora_norm(adapter, *small) <= limit:
             return small
         # rounding left it a trifle above
         margin = min(2 * margin or torch.finfo(lora_A.dtype).eps / 4, 1.0)

