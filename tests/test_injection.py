@@ -824,7 +824,8 @@ def test_the_name_of_either_factor_is_never_overwritten():
         (
             {"to_q": {"r": 2}},
             "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', 'dora', 'bias',"
-            " 'tucker', 'rank_dropout', 'module_dropout', 'init', 'reserve_rank', but 'to_q' sets 'r'.",
+            " 'tucker', 'rank_dropout', 'module_dropout', 'init', 'reserve_rank', but 'to_q' sets"
+            " 'r'.",
         ),
     ],
 )
