@@ -333,3 +333,16 @@ def test_a_layer_is_made_from_a_plain_host_of_its_kind():
     assert made[1].lora_mid_default.shape == (2, 2, 3, 3, 3)
     assert made[2].lora_A_style.shape == (2, 9)
     assert functional.delta_norm(*made[2].lora_factors("style")) == 0
+
+
+def test_a_packed_weight_is_adapted_whole_or_by_its_parts():
+    said = (
+        r"^A parameter must be adapted as a whole or by its parts, but 'in_proj_weight' and"
+        r" 'q_proj_weight' are both\. Choose one of them\.$"
+    )
+    model = nn.MultiheadAttention(8, 2)
+    with pytest.raises(UnsupportedLayerError, match=said):
+        lora_core.inject(model, rank=2, targets=["in_proj_weight", "q_proj_weight"])
+    lora_core.inject(model, rank=2, targets="q_proj_weight")
+    with pytest.raises(UnsupportedLayerError, match=said):
+        lora_core.inject(model, rank=2, targets="in_proj_weight", name="b")

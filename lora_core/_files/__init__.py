@@ -291,7 +291,8 @@ def _resolve(
 ) -> tuple[dict[str, Candidate], list[str]]:
     """The model's layer for each of the file's, and the names that the model lacks."""
     by_name = {name: c for c in candidates if c.adaptable for name in c.names}
-    found = {name: by_name[name] for name in file.layers if name in by_name}
+    # in the model's order, which is that of the factors that an optimiser is given
+    found = {name: c for name, c in by_name.items() if name in file.layers}
     missing = [name for name in file.layers if name not in by_name]
     if missing and (strict or not found):
         raise MismatchError(
@@ -398,10 +399,14 @@ def _misfit(name: str, candidate: Candidate, layer: FileLayer) -> str:
 
 
 def _graft(candidate: Candidate, layer: FileLayer) -> Graft:
-    device = candidate.module.weight.device
+    weight: torch.Tensor = candidate.module.weight  # type: ignore[assignment]
     with torch.inference_mode(mode=False):
         parts = {
-            part: nn.Parameter(p.to(device), requires_grad=not part.endswith("0"))  # type: ignore[arg-type]
+            # what was read in inference mode could never be trained
+            part: nn.Parameter(
+                (p.clone() if p.is_inference() else p).to(weight.device),
+                requires_grad=not part.endswith("0"),
+            )
             for part, p in layer.parts.items()
         }
         return Graft(candidate.module, layer.config, parts)

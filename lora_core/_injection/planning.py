@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from lora_core._config import AdapterConfig, check_name
-from lora_core._errors import AdapterError, ConfigError, MergeError, listed
+from lora_core._errors import (
+    AdapterError,
+    ConfigError,
+    MergeError,
+    UnsupportedLayerError,
+    listed,
+)
 from lora_core._injection.targets import (
     Candidate,
     Patterns,
@@ -20,6 +26,7 @@ from lora_core._injection.targets import (
 from lora_core._layers import (
     LoRAMixin,
     LoRAWeight,
+    Slot,
     factor_names,
     host_of,
     layer_config,
@@ -189,6 +196,7 @@ def check_room(candidates: Sequence[Candidate], name: str, chosen: Sequence[Cand
             f"A layer must be unmerged to take an adapter, but {listed(merged)} is merged."
             " Call `unmerge(model)` first."
         )
+    _refuse_overlap(candidates, chosen)
     for new in sorted(factor_names([name])):
         clash = [c.name for c in chosen if hasattr(c.module, new)]
         if not clash:
@@ -197,6 +205,25 @@ def check_room(candidates: Sequence[Candidate], name: str, chosen: Sequence[Cand
             f"`name` must be new to every layer, but {listed(clash)} has an attribute"
             f" {new!r} of its own. Choose another name."
         )
+
+
+def _refuse_overlap(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> None:
+    """Refuses adapters on a whole parameter and on some of its rows: neither could be merged."""
+    rows: dict[tuple[nn.Module, str], dict[bool, str]] = {}
+    for c in [c for c in candidates if isinstance(c.module, LoRAWeight)] + list(chosen):
+        if isinstance(c.module, LoRAWeight):
+            place, part = (c.module.owner, c.module.lora_parameter), c.module.lora_rows
+        elif isinstance(c.module, Slot):
+            place, part = (c.module.owner, c.module.parameter), c.module.rows
+        else:
+            continue
+        found = rows.setdefault(place, {})
+        found[part is None] = c.name
+        if len(found) == 2:
+            raise UnsupportedLayerError(
+                "A parameter must be adapted as a whole or by its parts, but"
+                f" {found[True]!r} and {found[False]!r} are both. Choose one of them."
+            )
 
 
 def _configure(
