@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_core
-from lora_core import TargetError, UnsupportedLayerError
+from lora_core import TargetError
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
@@ -441,10 +441,12 @@ def output(model: nn.Module, inputs: Inputs) -> Tensor:
 def test_the_default_targets_are_the_attention_of_a_real_model_and_nothing_else(name):
     model = build(PEERS[name])
     expected = attention_layers(model, PEERS[name].besides)
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | conv1d)}
+    convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    kinds = nn.Linear | conv1d | nn.Embedding | convolutions
+    adaptable = {n for n, m in model.named_modules() if isinstance(m, kinds)}
     report = lora_core.plan(model)
     assert {layer.name for layer in report.layers} == expected
-    assert set(report.left_out) == linear - expected
+    assert set(report.left_out) == adaptable - expected
     assert expected
 
 
@@ -480,14 +482,13 @@ def test_a_real_model_without_attention_is_refused(name):
         lora_core.plan(model)
 
 
-def test_attention_that_reads_its_weights_itself_is_refused():
-    model = build(Peer("WavLMModel", sound, text(**SPEECH)))
-    why = r"'encoder\.layers\.0\.attention', .*: WavLMAttention reads its weights itself"
-    with pytest.raises(TargetError, match=f"^The model must have .* is one\\. {why}"):
-        lora_core.plan(model)
-    rule = r"Every layer that `targets` names must be adaptable, but '.*q_proj' \(Linear\)"
-    with pytest.raises(UnsupportedLayerError, match=f"^{rule} is never called: WavLMAttention"):
-        lora_core.inject(model, targets="q_proj")
-    # a layer of the same block that is called may be adapted
-    report = lora_core.inject(model, rank=1, targets="gru_rel_pos_linear")
-    assert len(report.layers) == 2
+def test_attention_that_reads_its_weights_itself_is_adapted_where_it_reads(perturb):
+    peer = Peer("WavLMModel", sound, text(**SPEECH))
+    model, inputs = build(peer).eval(), peer.inputs()
+    plain = output(model, inputs)
+    report = lora_core.inject(model, rank=1)
+    tails = {layer.name.rpartition(".")[2] for layer in report.layers}
+    assert {"q_proj", "k_proj", "v_proj", "out_proj"} <= tails
+    assert torch.equal(output(model, inputs), plain)
+    perturb(model)
+    assert (output(model, inputs) - plain).abs().max() > 1e-4
