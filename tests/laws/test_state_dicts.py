@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lora_core import disabled, eject, parameters
+from lora_core import ConfigError, disabled, eject, parameters
 from tests.laws.zoo import adapter_keys, bits, flags, gradients, loss_of, plain, same_bits
 
 
@@ -98,8 +98,20 @@ def test_assigning_an_old_checkpoint_keeps_the_host_frozen(kind):
 
 
 def on_meta(kind):
+    kind.excuse("meta")
     with torch.device("meta"):
         return kind.bare()
+
+
+def test_what_is_drawn_from_a_weights_values_is_refused_where_there_are_none(kind):
+    with torch.device("meta"):
+        model = kind.bare()
+    if "meta" not in kind.excused:
+        kind.inject(model)
+        return
+    with pytest.raises(ConfigError, match=r"needs the weight's values, which the meta device has"):
+        kind.inject(model)
+    assert list(model.state_dict()) == list(kind.bare().state_dict())
 
 
 def test_a_model_built_and_injected_on_the_meta_device_loads_into_memory(kind):
@@ -115,6 +127,7 @@ def test_a_model_built_and_injected_on_the_meta_device_loads_into_memory(kind):
 
 
 def test_a_model_on_the_meta_device_takes_the_tensors_of_a_checkpoint_as_they_are(kind):
+    kind.excuse("meta call")
     source, x = kind.adapted(), kind.sample()
     model = kind.inject(on_meta(kind))
     trains = flags(model)
@@ -146,13 +159,16 @@ def test_a_fresh_adapter_that_comes_from_the_meta_device_starts_at_nothing(kind)
 
 def test_a_bare_model_from_the_meta_device_is_adapted_once_it_is_loaded(kind):
     source, x = kind.adapted(), kind.sample()
-    model = on_meta(kind).to_empty(device="cpu")
+    with torch.device("meta"):
+        model = kind.bare()
+    model.to_empty(device="cpu")
     model.load_state_dict(kind.bare().state_dict())
     kind.inject(model)
     assert torch.equal(model.eval()(x), source.eval()(x))
 
 
 def test_an_adapted_model_goes_to_the_meta_device_whole(kind):
+    kind.excuse("meta call")
     model, x = kind.adapted().eval(), kind.sample()
     shape = model(x).shape
     trains = flags(model)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from lora_core import scales
-from tests.laws.zoo import gradients, loss_of, trained_keys
+from tests.laws.zoo import ZOO, gradients, loss_of, trained_keys
 
 
 def test_functional_call_uses_the_tensors_it_is_given(kind):
@@ -72,7 +72,7 @@ def test_compiled_as_one_graph_it_computes_and_learns_the_same(kind):
     model, x = kind.adapted().eval(), kind.sample()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for strength in (1.0, 0.5, -2.0):
+    for strength in (1.0, -2.0):
         scales(model, default=strength)
         assert_close(compiled(x), model(x))
         for mine, theirs in zip(gradients(model, x, compiled), gradients(model, x), strict=True):
@@ -84,8 +84,17 @@ def test_compiled_as_one_graph_it_computes_and_learns_the_same(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_computes_the_same_for_every_batch(kind, strict):
+def test_an_exported_program_computes_the_same_for_every_batch(kind):
+    export(kind, strict=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2-conv1d", "attention-whole"])
+def test_so_does_a_strictly_exported_one_which_is_compiled(name):
+    export(ZOO[name], strict=True)
+
+
+def export(kind, *, strict):
     model, x = kind.adapted().eval(), kind.sample()
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict)
@@ -121,7 +130,7 @@ BARE = {"vmap": by_vmap, "compile": compiled}
 
 
 def test_what_a_kind_is_excused_from_its_bare_model_cannot_do_either(kind):
-    for what in kind.excused.keys() - {"merge"}:
+    for what in kind.excused.keys() & BARE.keys():
         with pytest.raises(Exception, match=r"\w"):
             BARE[what](kind.bare().eval(), kind.sample())
     torch._dynamo.reset()

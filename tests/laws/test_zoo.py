@@ -2,9 +2,10 @@
 
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import lora_core
-from tests.laws.zoo import adapter_keys, bits, flags, moves, same_bits, trained_keys
+from tests.laws.zoo import adapter_keys, bits, flags, moves, plain, same_bits, trained_keys
 
 
 def test_a_row_builds_the_same_model_and_adapter_each_time(kind):
@@ -29,6 +30,12 @@ def test_a_row_has_host_parameters_that_no_adapter_touches_and_a_buffer(kind):
     assert set(flags(model)) - mine
     assert all(train is (n in mine) for n, train in flags(model).items())
     assert list(model.buffers())
+
+
+def test_a_rows_fresh_adapter_changes_nothing(kind):
+    model, x = kind.bare(), kind.sample()
+    lora_core.inject(model, **{"rank": 2, **kind.options})
+    assert_close(model.eval()(x), plain(kind, x))
 
 
 def test_a_row_is_bare_again_after_eject(kind):

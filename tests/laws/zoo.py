@@ -26,7 +26,7 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
-        return flat.view((*x.size()[:-1], self.nf))
+        return flat.view(x.size()[:-1] + (self.nf,))  # noqa: RUF005  # nothing iterates in a trace
 
 
 class Doubled(nn.Linear):
@@ -56,8 +56,48 @@ class Model(nn.Module):
         return self.site(x)
 
 
+class Attention(Model):
+    """Self-attention at `site`."""
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.site(x, x, x, need_weights=False)[0]
+
+
+class Beside(Model):
+    """Attention at `site` to keys and values of other widths, whose projections stand apart."""
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.site(x, x[..., :4], x[..., :6], need_weights=False)[0]
+
+
+class Recurrent(Model):
+    """A recurrent layer at `site`."""
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.site(x)[0]
+
+
+class Experts(nn.Module):
+    """One matrix for each of several experts, as a parameter of its own."""
+
+    def __init__(self, experts: int, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(0.3 * torch.randn(experts, out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("b n i, e o i -> b n e o", x, self.w).sum(2)
+
+
 def vectors(batch: int) -> Tensor:
     return torch.randn(batch, 5, 8)
+
+
+def pictures(*sizes: int) -> Callable[[int], Tensor]:
+    return lambda batch: torch.randn(batch, 4, *sizes)
+
+
+def indices(batch: int) -> Tensor:
+    return torch.randint(1, 9, (batch, 5))
 
 
 @dataclass(frozen=True)
@@ -68,7 +108,7 @@ class Kind:
         build: Makes a bare model in float32.
         options: What `inject` is called with.
         inputs: Makes an input of so many samples, the batch first.
-        excused: What does not work and why: "merge", or what the bare model can't do itself.
+        excused: What does not work, and why not.
     """
 
     build: Callable[[], nn.Module]
@@ -77,7 +117,7 @@ class Kind:
     excused: Mapping[str, str] = field(default_factory=dict)
 
     def excuse(self, what: str) -> None:
-        """Skips the test if the bare model can't do this either."""
+        """Skips the test if a kind of layer does without this."""
         if what in self.excused:
             pytest.skip(f"{what}: {self.excused[what]}")
 
@@ -109,13 +149,20 @@ class Kind:
         return x.to(dtype) if x.is_floating_point() else x
 
 
+# what torch can't do with a bare layer either
+RECURRENT = {"vmap": "torch has no rule for it", "compile": "torch refuses recurrent layers"}
+# what can't be
+FROM_VALUES = {"meta": "it is drawn from the weight's values"}
+SEVERAL = {"switch": "its sites read their selections one after another"}
+# what is not there yet
+DORA = {**FROM_VALUES, "swap": "what remembers its norms refers weakly to the weight"}
+READ = {"meta call": "reading a parameter on the meta device asks for its autocast, which has none"}
+
 ZOO: dict[str, Kind] = {
     "linear": Kind(lambda: Model(nn.Linear(8, 6)), {"targets": "site"}),
     "linear-without-bias": Kind(
-        lambda: Model(nn.Linear(8, 6, bias=False)), {"targets": "site", "rslora": True}
-    ),
-    "linear-with-dropout": Kind(
-        lambda: Model(nn.Linear(8, 6)), {"targets": "site", "dropout": 0.25}
+        lambda: Model(nn.Linear(8, 6, bias=False)),
+        {"targets": "site", "rslora": True, "dropout": 0.25},
     ),
     "linear-subclass": Kind(
         lambda: Model(Doubled(8, 6)),
@@ -123,6 +170,67 @@ ZOO: dict[str, Kind] = {
         excused={"merge": "an update of its weight would be doubled"},
     ),
     "gpt2-conv1d": Kind(lambda: Model(Conv1D(6, 8)), {"targets": "site"}),
+    "dora": Kind(lambda: Model(nn.Linear(8, 6)), {"targets": "site", "dora": True}, excused=DORA),
+    "bias": Kind(lambda: Model(nn.Linear(8, 6)), {"targets": "site", "bias": True}),
+    "rank-and-module-dropout": Kind(
+        lambda: Model(nn.Linear(8, 6)),
+        {"targets": "site", "rank_dropout": 0.25, "module_dropout": 0.05},
+    ),
+    "pissa": Kind(
+        lambda: Model(nn.Linear(8, 6)), {"targets": "site", "init": "pissa"}, excused=FROM_VALUES
+    ),
+    "conv1d": Kind(lambda: Model(nn.Conv1d(4, 6, 3, padding=1)), {"targets": "site"}, pictures(7)),
+    "conv2d-in-groups": Kind(
+        lambda: Model(nn.Conv2d(4, 6, 3, stride=2, groups=2)), {"targets": "site"}, pictures(7, 6)
+    ),
+    "conv2d-reflecting-dora": Kind(
+        lambda: Model(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")),
+        {"targets": "site", "dora": True},
+        pictures(7, 6),
+        DORA,
+    ),
+    "conv3d": Kind(lambda: Model(nn.Conv3d(4, 6, 2)), {"targets": "site"}, pictures(4, 3, 3)),
+    "embedding": Kind(
+        lambda: Model(nn.Embedding(9, 6, padding_idx=0)), {"targets": "site"}, indices
+    ),
+    "attention-packed": Kind(
+        lambda: Attention(nn.MultiheadAttention(8, 2, batch_first=True)),
+        {"targets": ["q_proj_weight", "v_proj_weight", "out_proj"]},
+        excused={**READ, **SEVERAL},
+    ),
+    "attention-whole": Kind(
+        lambda: Attention(nn.MultiheadAttention(8, 2, batch_first=True)),
+        {"targets": "in_proj_weight"},
+        excused=READ,
+    ),
+    "attention-apart": Kind(
+        lambda: Beside(nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)),
+        {"targets": ["k_proj_weight", "out_proj"]},
+        excused={**READ, **SEVERAL},
+    ),
+    "encoder-layer": Kind(
+        lambda: Model(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)),
+        {"targets": ["linear1", "in_proj_weight"]},
+        excused={**READ, **SEVERAL},
+    ),
+    "gru": Kind(
+        lambda: Recurrent(nn.GRU(8, 6, batch_first=True)),
+        {"targets": ["weight_ih_l0", "weight_hh_l0"]},
+        excused={
+            **RECURRENT,
+            **READ,
+            **SEVERAL,
+        },
+    ),
+    "lstm": Kind(
+        lambda: Recurrent(nn.LSTM(8, 6, batch_first=True)),
+        {"targets": "weight_ih_l0"},
+        excused={
+            **RECURRENT,
+            **READ,
+        },
+    ),
+    "experts": Kind(lambda: Model(Experts(3, 6, 8)), {"targets": "site.w"}, excused=READ),
 }
 
 
