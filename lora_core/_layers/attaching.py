@@ -291,20 +291,39 @@ def attach(
         own |= {"lora_configs": {}, "lora_selection": NOTHING, "lora_merged": None}
     for part in config.parts:
         layer.register_parameter(f"{part}_{name}", parts[part])
-    own["lora_configs"] = {**layer.lora_configs, name: config}
-    names, strengths, _, _ = layer.lora_selection
-    chosen = {**dict(zip(names, strengths, strict=True)), name: strength}
-    own["lora_selection"] = layer.lora_select(chosen)
+    configs = {**layer.lora_configs, name: config}
+    chosen = {**layer.lora_strengths(), name: strength}
+    # at once: another thread sees the layer before or after
+    own.update(lora_configs=configs, lora_selection=layer.lora_select(chosen, configs))
+
+
+def exchange(
+    layer: LoRAMixin, name: str, config: AdapterConfig, parts: Mapping[str, nn.Parameter]
+) -> None:
+    """Replaces one adapter of a layer by another, in place and in one step for other threads.
+
+    Its strength and what of it trains stay; compiled graphs do too where the shapes do.
+    """
+    old, held = layer.lora_parts(name), dict(layer._parameters)
+    training = any(p.requires_grad for p in old.values())
+    for part in old.keys() - parts.keys():
+        del held[f"{part}_{name}"]
+    for part, p in parts.items():
+        was = old.get(part)
+        p.requires_grad_(training if was is None else was.requires_grad)
+        held[f"{part}_{name}"] = p
+    configs = {**layer.lora_configs, name: config}
+    selection = layer.lora_select(layer.lora_strengths(), configs)
+    vars(layer).update(_parameters=held, lora_configs=configs, lora_selection=selection)
 
 
 def detach(module: LoRAMixin, name: str) -> None:
     """Takes one adapter off a layer, in place; with the last one goes every trace."""
     own = vars(module)
-    names, strengths, _, _ = module.lora_selection
-    kept = {n: s for n, s in zip(names, strengths, strict=True) if n != name}
     parts = module.lora_configs[name].parts
-    own["lora_configs"] = {n: c for n, c in module.lora_configs.items() if n != name}
-    own["lora_selection"] = module.lora_select(kept)
+    configs = {n: c for n, c in module.lora_configs.items() if n != name}
+    selection = module.lora_select(module.lora_strengths(), configs)
+    own.update(lora_configs=configs, lora_selection=selection)
     for part in parts:
         del module._parameters[f"{part}_{name}"]
     if not own["lora_configs"]:

@@ -2,10 +2,13 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lora_core import functional
 from lora_core._layers.adopting import Adopting, plain_attributes
+from lora_core._layers.calling import checked
 from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin
 from lora_core._layers.state import Active
 
@@ -48,13 +51,16 @@ class LoRALinear(Adopting, nn.Linear):
     plain_attributes = plain_attributes(nn.Linear(1, 1, device="meta"))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
+        if isinstance(input, Proxy):  # type: ignore[unreachable]
+            return super().forward(input)  # type: ignore[unreachable]
         active = self.lora_active(input)
         if not is_fused(active):
-            return super().forward(input)
+            return self.lora_added(input, nn.Linear.forward(self, input), active)
         lora_A, lora_B, gain, dropout = active.updates[0]
-        return functional.fused_lora_linear(
+        out = functional.fused_lora_linear(
             input, self.weight, self.bias, lora_A, lora_B, gain, dropout=dropout
         )
+        return out if torch.compiler.is_compiling() else checked(self, out)
 
 
 def is_fused(active: Active) -> bool:

@@ -11,10 +11,18 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lora_core import functional
 from lora_core._config import AdapterConfig
-from lora_core._errors import ConfigError, MergeError, UnsupportedLayerError, listed
+from lora_core._errors import (
+    AdapterError,
+    ConfigError,
+    MergeError,
+    UnsupportedLayerError,
+    listed,
+)
+from lora_core._layers.calling import checked, recorded, refuse_pins, selection_of
 from lora_core._layers.norms import length_of, norm_of
 from lora_core._layers.state import Active, Selection, Strength, Update
 
@@ -114,14 +122,20 @@ class LoRAMixin(nn.Module):
         return added + self.lora_channels(stretch.double(), base) * directed
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Any = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(x, Proxy):
+            return recorded(self, x, args, kwargs)  # type: ignore[return-value]
         base: Tensor = super().forward(*args, **kwargs)  # the host's
         if not isinstance(base, Tensor):
             raise UnsupportedLayerError(
                 f"An adapted layer's host must return a tensor, but {self.host_class.__name__}"
                 f" returns {type(base).__name__}. Eject the adapter from this layer."
             )
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        updates, stretch, bias = self.lora_active(x)
+        return self.lora_added(x, base, self.lora_active(x))
+
+    def lora_added(self, x: Tensor, base: Tensor, active: Active) -> Tensor:
+        """The host's output for `x` plus what is active."""
+        updates, stretch, bias = active
         out = base
         if stretch is not None:
             own = getattr(self, "bias", None)
@@ -129,7 +143,9 @@ class LoRAMixin(nn.Module):
             out = out + (self.lora_channels(stretch, base) * directed).to(base.dtype)
         for update in updates:
             out = out + self.lora_update(x, update).to(base.dtype)
-        return out if bias is None else out + self.lora_channels(bias, base).to(base.dtype)
+        if bias is not None:
+            out = out + self.lora_channels(bias, base).to(base.dtype)
+        return out if torch.compiler.is_compiling() else checked(self, out)
 
     def lora_update(self, x: Tensor, update: Update) -> Tensor:
         """What one update adds to the host's output."""
@@ -187,32 +203,44 @@ class LoRAMixin(nn.Module):
         Raises:
             MergeError: If the layer is merged and this forward would train an adapter.
             ConfigError: If strengths per sample don't fit the batch of `x`.
+            AdapterError: If an adapter that is pinned was taken off.
         """
         if self.lora_merged is not None:
             self._lora_refuse_training(tuple(self.lora_merged.strengths))
             return Active([])
         if torch.compiler.is_compiling():
+            refuse_pins()
             # unpacked at once: a graph would guard on the strengths of a tuple that is passed on
             _, _, _, bank = self.lora_selection
             return self._lora_collect(tuple(self.lora_configs), bank, x, training=self.training)
         while True:
-            seen = self.lora_selection
-            names, strengths, gains, _ = seen
-            scales: Sequence[Tensor | float] = gains
-            if not any(isinstance(s, tuple) for s in strengths):
-                numbers = [
-                    s * self.lora_configs[name].scale  # type: ignore[operator]
-                    for name, s in zip(names, strengths, strict=True)
-                ]
-                scales = numbers if len(set(numbers)) == 1 else gains
+            here, seen = self._parameters, selection_of(self)
             try:
-                found = self._lora_collect(names, scales, x, training=self.training)
+                scales = self._lora_scales(seen)
+                found = self._lora_collect(seen.names, scales, x, training=self.training)
             except (AttributeError, KeyError):  # of an adapter that another thread took off
                 if self.lora_selection is seen:
                     raise
+                gone = [name for name in seen.names if name not in self.lora_configs]
+                if gone and selection_of(self) is seen:
+                    raise AdapterError(
+                        f"An adapter must be there while it is pinned, but {listed(gone)} was"
+                        " taken off. Eject or replace it after `with pinned(model)`."
+                    ) from None
                 continue
-            if self.lora_selection is seen:  # no other thread changed it in the meantime
+            if self._parameters is here:  # all of one file, though another thread loads the next
                 return found
+
+    def _lora_scales(self, seen: Selection) -> Sequence[Tensor | float]:
+        """What each active adapter is multiplied by; numbers where all are one number."""
+        names, strengths, gains, _ = seen
+        if any(isinstance(s, tuple) for s in strengths):
+            return gains
+        numbers = [
+            s * self.lora_configs[name].scale  # type: ignore[operator]
+            for name, s in zip(names, strengths, strict=True)
+        ]
+        return numbers if len(set(numbers)) == 1 else gains
 
     def _lora_collect(
         self,
@@ -351,7 +379,7 @@ class LoRAMixin(nn.Module):
         """``(lora_A, lora_B, gain)`` of what is active as one adapter of matrices, detached.
 
         In the weight's precision, float32 or wider, as a forward multiplies them. A DoRA adapter
-        adds more than these: see `delta`.
+        adds more than these: see `lora_delta`.
         """
         lora_A, lora_B, gain, _ = self._lora_wide().updates[0]
         return (*self.lora_as_matrices(lora_A, lora_B), cast(Tensor, gain))
@@ -383,7 +411,7 @@ class LoRAMixin(nn.Module):
         return self, "weight"
 
     def lora_held(self) -> Tensor:
-        """The weight's values, to be kept: no later `put` changes them."""
+        """The weight's values, to be kept: no later `lora_put` changes them."""
         return self.weight.data
 
     def lora_held_bias(self) -> Tensor | None:
@@ -399,21 +427,33 @@ class LoRAMixin(nn.Module):
             assert own is not None
             swap(own, bias)
 
-    def lora_select(self, strengths: Mapping[str, Strength]) -> Selection:
-        """The selection with these strengths, of the adapters that this layer has."""
-        mine = {name: s for name, s in strengths.items() if name in self.lora_configs}
-        gains = {name: self._lora_gain(name, s) for name, s in mine.items()}
+    def lora_strengths(self) -> dict[str, Strength]:
+        """The active adapters and their strengths, in order."""
+        names, strengths, _, _ = self.lora_selection
+        return dict(zip(names, strengths, strict=True))
+
+    def lora_select(
+        self,
+        strengths: Mapping[str, Strength],
+        configs: Mapping[str, AdapterConfig] | None = None,
+    ) -> Selection:
+        """The selection with these strengths, of the adapters that this layer has, or will have."""
+        configs = self.lora_configs if configs is None else configs
+        mine = {name: s for name, s in strengths.items() if name in configs}
+        gains = {name: self._lora_gain(name, configs[name], s) for name, s in mine.items()}
         none = _zero(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32))
-        bank = tuple(gains.get(name, none) for name in self.lora_configs)
+        bank = tuple(gains.get(name, none) for name in configs)
         return Selection(tuple(mine), tuple(mine.values()), tuple(gains.values()), bank)
 
-    def _lora_gain(self, name: str, strength: Strength) -> Tensor:
+    def _lora_gain(self, name: str, config: AdapterConfig, strength: Strength) -> Tensor:
         weight = self.weight
         device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         for known, s, gain in zip(*self.lora_selection[:3], strict=True):
-            if (known, s, gain.device, gain.dtype) == (name, strength, device, dtype):
+            if (known, s, gain.device, gain.dtype) == (name, strength, device, dtype) and (
+                self.lora_configs[name].scale == config.scale
+            ):
                 return gain
-        scale, limit = self.lora_configs[name].scale, torch.finfo(dtype).max
+        scale, limit = config.scale, torch.finfo(dtype).max
         values = strength if isinstance(strength, tuple) else (strength,)
         value = max((abs(s * scale) for s in values), default=0.0)
         if not value <= limit:
@@ -429,11 +469,26 @@ class LoRAMixin(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         hollow = [name for name in self.lora_configs if self.lora_factors(name)[0].is_meta]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        own = [
+            (t, config.dtype)
+            for name, config in self.lora_configs.items()
+            for p in self.lora_parts(name).values()
+            for t in (p, p.grad)
+            if t is not None
+        ]
+        stored = {id(t): dtype for t, dtype in own}
+
+        def kept(t: Tensor) -> Tensor:
+            """What `fn` makes of a tensor; an adapter's stays as wide as it was asked to be."""
+            moved, dtype = fn(t), stored.get(id(t))
+            if dtype is None or moved.dtype.itemsize >= dtype.itemsize:
+                return moved
+            return t.to(moved.device, dtype)
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
         for name in hollow:  # now with memory, perhaps, but never with values
             self.lora_reset(name)
-        names, strengths, _, _ = self.lora_selection
-        self.lora_selection = self.lora_select(dict(zip(names, strengths, strict=True)))
+        self.lora_selection = self.lora_select(self.lora_strengths())
         return self
 
     def _load_from_state_dict(

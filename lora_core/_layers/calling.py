@@ -1,0 +1,100 @@
+"""What a call of an adapted layer is beside its arithmetic: traced, checkpointed, or pinned."""
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from lora_core._errors import ConfigError, UnsupportedLayerError
+from lora_core._layers.state import Selection
+
+_LARGEST = 2**31  # a size of a dimension stays below
+
+
+class _Pins(threading.local):
+    """What the running thread has pinned, the innermost block last."""
+
+    blocks: tuple[Mapping[nn.Module, Selection], ...] = ()
+
+
+PINS = _Pins()
+
+
+def selection_of(layer: nn.Module) -> Selection:
+    """The active adapters of a layer, as the running thread sees them."""
+    chosen: Selection = layer.lora_selection  # type: ignore[assignment]
+    return PINS.blocks[-1].get(layer, chosen) if PINS.blocks else chosen
+
+
+def refuse_pins() -> None:
+    """Raises where a graph that is being compiled would not look at what is pinned."""
+    if PINS.blocks:
+        raise ConfigError(
+            "A compiled model must run outside `with pinned(model)`, but runs in one. Choose with"
+            " `scales` alone, which compiled models follow; checkpoints inside one need no pin."
+        )
+
+
+def recorded(layer: nn.Module, x: Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:
+    """The call of a layer as nodes of the torch.fx graph that is being traced.
+
+    One call, as of torch's own layers: the graph shares the layer, its adapters and strengths.
+    Hooks were run by the tracer, so the graph calls the forward alone.
+
+    Raises:
+        UnsupportedLayerError: If the layer is the very module that is traced.
+    """
+    tracer: Any = x.tracer
+    if tracer.root is layer:
+        raise UnsupportedLayerError(
+            f"An adapted layer must stand in a model to be traced by torch.fx, but this"
+            f" {type(layer).__name__} is the whole of it. Trace nn.Sequential(layer)."
+        )
+    shared = tracer.create_proxy("get_attr", tracer.path_of_module(layer), (), {})
+    return tracer.create_proxy("call_function", run, (shared, *args), kwargs)  # type: ignore[no-any-return]
+
+
+def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer's class, without hooks."""
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def checked(layer: nn.Module, out: Tensor) -> Tensor:
+    """An output that non-reentrant checkpointing recomputes with the same adapters or not at all.
+
+    Checkpointing compares the shapes of what it recomputes with those of what it saw at first and
+    raises CheckpointError where they differ; so what is active is made a shape.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return out
+    if not (isinstance(out, Tensor) and out.requires_grad):
+        return out
+    names, strengths, _, _ = selection_of(layer)
+    marked: Tensor = _Marked.apply(out, hash((names, strengths)) % _LARGEST)  # type: ignore[no-untyped-call]
+    return marked
+
+
+class _Marked(torch.autograd.Function):
+    """The identity, which saves a tensor without numbers and with a shape that says something."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, mark: int) -> Tensor:  # noqa: ARG004  # kept for the backward
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:  # noqa: ARG004
+        out, mark = inputs
+        ctx.save_for_backward(out.new_empty(0, mark))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, mark: None) -> Tensor:  # noqa: ARG004
+        return tangent.view_as(tangent)
