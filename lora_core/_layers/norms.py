@@ -1,24 +1,48 @@
 """The row norms that a DoRA adapter needs, remembered until what they are made from changes."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_core import functional
 
+_DIRECTION = ("lora_A", "lora_B", "lora_mid", "lora_A0", "lora_B0")  # what an update is made from
+_ENOUGH = 2**15  # numbers that are compared in microseconds: a usual factor, or rows of a weight
+
 
 class _Known:
-    """A value, and the tensors that it was made from as they were then."""
+    """A value, and what the tensors were that it was made from.
 
-    def __init__(self, sources: tuple[Tensor, ...], gain: float, value: Tensor) -> None:
-        self._sources = [(weakref.ref(t), t._version) for t in sources]
-        self._lora_gain, self.value = gain, value
+    A version alone would not do: it stays where a parameter is written to by way of its `.data`,
+    as averages of weights do, and where `fully_shard` gathers it. So numbers are compared too, of
+    a large tensor those of some rows. No tensor is referred to weakly, because a conversion that
+    swaps a Parameter's contents refuses that; nor is memory kept from being freed, but its address
+    is given to no other meanwhile.
+    """
 
-    def holds(self, sources: tuple[Tensor, ...], gain: float) -> bool:
-        now = zip(self._sources, sources, strict=False)
-        return gain == self._lora_gain and all(r() is t and v == t._version for (r, v), t in now)
+    def __init__(self, sources: Sequence[Tensor], gain: float, value: Tensor) -> None:
+        self._memory = [StorageWeakRef(t.untyped_storage()) for t in sources]  # type: ignore[no-untyped-call]
+        self._states = [_state(t) for t in sources]
+        self._numbers = [_some(t).clone() for t in sources]
+        self._gain, self.value = gain, value
+
+    def holds(self, sources: Sequence[Tensor], gain: float) -> bool:
+        if gain != self._gain or self._states != [_state(t) for t in sources]:
+            return False
+        return all(map(torch.equal, self._numbers, map(_some, sources)))
+
+
+def _state(t: Tensor) -> tuple[object, ...]:
+    where = t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
+    return *where, t._version
+
+
+def _some(t: Tensor) -> Tensor:
+    return t.detach()[:: max(1, t.numel() // _ENOUGH)]
 
 
 # layer -> adapter (or "" for the bare weight) -> its norms; no part of the layer's own state
@@ -34,7 +58,8 @@ def norm_of(
     gain: Tensor | float,
 ) -> Tensor:
     """The rows' norms of ``matrix + gain * lora_B @ lora_A``, a constant to autograd."""
-    keys = ("weight", f"lora_A_{name}", f"lora_B_{name}")
+    parts = layer.lora_configs[name].parts  # type: ignore[index, union-attr]
+    keys = ("weight", *(f"{part}_{name}" for part in _DIRECTION if part in parts))
     return _known(
         layer, name, keys, gain, lambda: functional.dora_norm(matrix, lora_A, lora_B, gain)
     )
@@ -54,25 +79,32 @@ def length_of(layer: nn.Module, matrix: Tensor) -> Tensor:
 def _known(
     layer: nn.Module,
     name: str,
-    keys: tuple[str, ...],
+    keys: Sequence[str],
     gain: Tensor | float,
     make: Callable[[], Tensor],
 ) -> Tensor:
-    sources = [layer._parameters.get(key) for key in keys]
-    number = None if isinstance(gain, Tensor) else gain
+    sources = [p for p in map(layer._parameters.get, keys) if _is_watched(p)]
     traced = (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or any(p.is_cuda and torch.cuda.is_current_stream_capturing() for p in sources)
     )
-    if traced or number is None or any(p is None or p.is_inference() for p in sources):
+    if traced or isinstance(gain, Tensor) or len(sources) < len(keys):
         with torch.no_grad():
             return make().detach()
     held = _KNOWN.setdefault(layer, {})
     found = held.get(name)
-    if found is None or not found.holds(tuple(sources), number):  # type: ignore[arg-type]
+    if found is None or not found.holds(sources, gain):
         # made in inference mode it could not be trained with
         with torch.inference_mode(mode=False), torch.no_grad():
-            found = held[name] = _Known(tuple(sources), number, make().detach())  # type: ignore[arg-type]
+            found = held[name] = _Known(sources, gain, make().detach())
     return found.value
+
+
+def _is_watched(p: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether this is a tensor that can be recognised when it comes again."""
+    if p is None or type(p) not in (nn.Parameter, Tensor):
+        return False
+    return not (p.is_inference() or p.is_meta)

@@ -15,6 +15,7 @@ from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.mixin import KINDS, LoRAMixin, Shape, swap
+from lora_core.kernels.norms import without_autocast
 
 CHILD = "lora_at"  # what the child that carries the factors is called in its owner
 
@@ -129,7 +130,7 @@ class LoRAWeight(LoRAMixin):
             return weight
         (lora_A, lora_B, gain, _), *_ = updates
         start, stop = self.lora_rows or (0, weight.shape[0])
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             delta = functional.lora_delta(lora_A, lora_B, gain)
             mine = functional.merged_weight(weight[start:stop], delta)
         if self.lora_rows is None:
@@ -221,6 +222,8 @@ def reading_class(host: type[nn.Module], reads: Reads) -> type[nn.Module]:
         names[parameter] = _reading(parameter, [c for p, c in reads if p == parameter])
     if issubclass(host, nn.RNNBase):
         names["_flat_weights"] = property(_flat_weights, _pass_by)
+        # its own also sets an entry of that list, which reads every weight, old and new ones mixed
+        names["__setattr__"] = nn.Module.__setattr__
     made = type(f"LoRA{host.__name__}", (WeightReader, host), names)
     return _CLASSES.setdefault((host, reads), made)
 

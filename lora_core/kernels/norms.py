@@ -21,8 +21,7 @@ def row_norms(
         As for `functional.dora_norm`.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    kind = "cpu" if weight.is_meta else weight.device.type  # autocast knows no meta device
-    with torch.autocast(kind, enabled=False):
+    with without_autocast(weight):
         W, A, B = weight.to(dtype), lora_A.to(dtype), (lora_B.to(dtype) * gain).to(dtype)
         if _is_traced(weight):
             dense = W + B @ A
@@ -36,6 +35,12 @@ def row_norms(
         return _root(total)
 
 
+def without_autocast(t: Tensor) -> torch.autocast:
+    """Autocast off for a tensor's device, which may be the meta device."""
+    # autocast itself knows no meta device
+    return torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False)
+
+
 def _root(total: Tensor) -> Tensor:
     some = total != 0  # at zero a square root has no gradient
     return torch.where(some, total, 1).sqrt() * some
@@ -46,6 +51,8 @@ def _is_traced(weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     if weight.is_meta or torch._C._are_functorch_transforms_active():
+        return True
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
     kinds = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
     return bool(kinds & {"ProxyTorchDispatchMode", "FakeTensorMode"}) or (

@@ -154,9 +154,6 @@ RECURRENT = {"vmap": "torch has no rule for it", "compile": "torch refuses recur
 # what can't be
 FROM_VALUES = {"meta": "it is drawn from the weight's values"}
 SEVERAL = {"switch": "its sites read their selections one after another"}
-# what is not there yet
-DORA = {**FROM_VALUES, "swap": "what remembers its norms refers weakly to the weight"}
-READ = {"meta call": "reading a parameter on the meta device asks for its autocast, which has none"}
 
 ZOO: dict[str, Kind] = {
     "linear": Kind(lambda: Model(nn.Linear(8, 6)), {"targets": "site"}),
@@ -170,7 +167,9 @@ ZOO: dict[str, Kind] = {
         excused={"merge": "an update of its weight would be doubled"},
     ),
     "gpt2-conv1d": Kind(lambda: Model(Conv1D(6, 8)), {"targets": "site"}),
-    "dora": Kind(lambda: Model(nn.Linear(8, 6)), {"targets": "site", "dora": True}, excused=DORA),
+    "dora": Kind(
+        lambda: Model(nn.Linear(8, 6)), {"targets": "site", "dora": True}, excused=FROM_VALUES
+    ),
     "bias": Kind(lambda: Model(nn.Linear(8, 6)), {"targets": "site", "bias": True}),
     "rank-and-module-dropout": Kind(
         lambda: Model(nn.Linear(8, 6)),
@@ -187,7 +186,7 @@ ZOO: dict[str, Kind] = {
         lambda: Model(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")),
         {"targets": "site", "dora": True},
         pictures(7, 6),
-        DORA,
+        FROM_VALUES,
     ),
     "conv3d": Kind(lambda: Model(nn.Conv3d(4, 6, 2)), {"targets": "site"}, pictures(4, 3, 3)),
     "embedding": Kind(
@@ -196,41 +195,33 @@ ZOO: dict[str, Kind] = {
     "attention-packed": Kind(
         lambda: Attention(nn.MultiheadAttention(8, 2, batch_first=True)),
         {"targets": ["q_proj_weight", "v_proj_weight", "out_proj"]},
-        excused={**READ, **SEVERAL},
+        excused=SEVERAL,
     ),
     "attention-whole": Kind(
         lambda: Attention(nn.MultiheadAttention(8, 2, batch_first=True)),
         {"targets": "in_proj_weight"},
-        excused=READ,
     ),
     "attention-apart": Kind(
         lambda: Beside(nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)),
         {"targets": ["k_proj_weight", "out_proj"]},
-        excused={**READ, **SEVERAL},
+        excused=SEVERAL,
     ),
     "encoder-layer": Kind(
         lambda: Model(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)),
         {"targets": ["linear1", "in_proj_weight"]},
-        excused={**READ, **SEVERAL},
+        excused=SEVERAL,
     ),
     "gru": Kind(
         lambda: Recurrent(nn.GRU(8, 6, batch_first=True)),
         {"targets": ["weight_ih_l0", "weight_hh_l0"]},
-        excused={
-            **RECURRENT,
-            **READ,
-            **SEVERAL,
-        },
+        excused={**RECURRENT, **SEVERAL},
     ),
     "lstm": Kind(
         lambda: Recurrent(nn.LSTM(8, 6, batch_first=True)),
         {"targets": "weight_ih_l0"},
-        excused={
-            **RECURRENT,
-            **READ,
-        },
+        excused=RECURRENT,
     ),
-    "experts": Kind(lambda: Model(Experts(3, 6, 8)), {"targets": "site.w"}, excused=READ),
+    "experts": Kind(lambda: Model(Experts(3, 6, 8)), {"targets": "site.w"}),
 }
 
 
