@@ -83,15 +83,14 @@ def _known(
     gain: Tensor | float,
     make: Callable[[], Tensor],
 ) -> Tensor:
-    sources = [p for p in map(layer._parameters.get, keys) if _is_watched(p)]
     traced = (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(p.is_cuda and torch.cuda.is_current_stream_capturing() for p in sources)
     )
-    if traced or isinstance(gain, Tensor) or len(sources) < len(keys):
+    sources = [] if traced else [p for p in map(layer._parameters.get, keys) if _is_watched(p)]
+    if len(sources) < len(keys) or isinstance(gain, Tensor):
         with torch.no_grad():
             return make().detach()
     held = _KNOWN.setdefault(layer, {})
@@ -105,6 +104,6 @@ def _known(
 
 def _is_watched(p: Tensor | None) -> TypeGuard[Tensor]:
     """Whether this is a tensor that can be recognised when it comes again."""
-    if p is None or type(p) not in (nn.Parameter, Tensor):
+    if p is None or type(p) not in (nn.Parameter, Tensor) or p.is_inference() or p.is_meta:
         return False
-    return not (p.is_inference() or p.is_meta)
+    return not (p.is_cuda and torch.cuda.is_current_stream_capturing())
