@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lora_core import functional
 from lora_core._config import AdapterConfig
@@ -274,12 +275,42 @@ def _rows(owner: nn.Module, parameter: str, rows: tuple[int, int] | None) -> Ten
 
 def _reading(parameter: str, children: list[str]) -> property:
     def read(self: nn.Module) -> Tensor:
-        value: Any = self._parameters[parameter]
+        # by torch's own look-up, which gives tracers of torch.fx a node of their graph
+        value: Any = nn.Module.__getattr__(self, parameter)
+        if isinstance(value, Proxy):
+            return _recorded_read(self, parameter, value)  # type: ignore[return-value]
         for child in children:
             value = self._modules[child](value)  # type: ignore[misc]
         return cast(Tensor, value)
 
     return property(read)
+
+
+def _recorded_read(owner: nn.Module, parameter: str, found: Proxy) -> Proxy:
+    """A read of an adapted parameter as nodes of the torch.fx graph that is being traced.
+
+    Of the module, and not of the parameter as torch.fx itself found it: a graph would copy what
+    that reads as, once and for all.
+
+    Raises:
+        UnsupportedLayerError: If the graph holds the parameter already, or only it is traced.
+    """
+    tracer: Any = found.tracer
+    if tracer.root is owner:
+        raise UnsupportedLayerError(
+            f"A module with an adapted parameter must stand in a model to be traced by torch.fx,"
+            f" but this {type(owner).__name__} is the whole of it. Trace nn.Sequential(module)."
+        )
+    if found.node.users:
+        raise UnsupportedLayerError(
+            f"An adapted parameter must be read under one name to be traced by torch.fx, but"
+            f" {parameter!r} of a {type(owner).__name__} is read elsewhere as"
+            f" {found.node.target!r}. Untie the two, or eject the adapter first."
+        )
+    if not found.node._erased:  # by an earlier read
+        found.node.graph.erase_node(found.node)
+    shared = tracer.create_proxy("get_attr", tracer.path_of_module(owner), (), {})
+    return tracer.create_proxy("call_function", getattr, (shared, parameter), {})  # type: ignore[no-any-return]
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
