@@ -296,3 +296,12 @@ def test_a_cell_is_adapted_as_a_layer_is(cell):
 
     assert (call(model) - call(bare)).abs().max() > 0.05
     assert_close(call(model), call(merged(model)))
+
+
+def test_a_recurrent_layer_reads_each_weight_once(kind):
+    model, reads = trained(recurrent(kind), RECURRENT["all"]), []
+    for site in model.modules():
+        if isinstance(site, LoRAMixin):
+            site.register_forward_hook(lambda site, *_: reads.append(site))
+    model(sequences())
+    assert len(reads) == len(set(reads)) == 8

@@ -1,5 +1,6 @@
 """Adapted convolutions."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,6 @@ from lora_core._config import AdapterConfig
 from lora_core._layers.adopting import Adopting, plain_attributes
 from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin, Shape
 from lora_core._layers.state import Update
-
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class ConvMixin(LoRAMixin):
@@ -27,16 +26,13 @@ class ConvMixin(LoRAMixin):
     @classmethod
     def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
         """What one output sees, in numbers, and the output channels."""
-        out_channels, *seen = _shape(host)
-        size = 1
-        for n in seen:
-            size *= int(n)
-        return size, int(out_channels)
+        out_channels, *seen = host.weight.shape  # type: ignore[misc]
+        return math.prod(seen), out_channels
 
     @classmethod
     def lora_shapes(cls, host: nn.Module, config: AdapterConfig) -> dict[str, Shape]:
         """The shapes of the parts, as weights of convolutions."""
-        out, size, *kernel = _shape(host)
+        out, size, *kernel = host.weight.shape  # type: ignore[misc]
         rank, ones = config.room, [1] * len(kernel)
         down = (rank, size, *(ones if config.tucker else kernel))
         every = {
@@ -55,7 +51,7 @@ class ConvMixin(LoRAMixin):
         """The Tucker form needs a channel for each rank."""
         if not config.tucker:
             return ""
-        size = _shape(host)[1]
+        _, size, *_ = host.weight.shape  # type: ignore[misc]
         if config.init in ("eva", "pissa", "olora"):
             return f"`init={config.init!r}` gives two factors, and `tucker=True` asks for three"
         return (
@@ -106,11 +102,6 @@ class ConvMixin(LoRAMixin):
     def lora_samples(self, x: Tensor) -> int | None:
         """The batch, None for an input without one."""
         return x.shape[0] if x.ndim == self.weight.ndim else None
-
-
-def _shape(host: nn.Module) -> Shape:
-    weight: Tensor = host.weight  # type: ignore[assignment]
-    return tuple(weight.shape)
 
 
 class LoRAConv1d(Adopting, ConvMixin, nn.Conv1d):

@@ -19,6 +19,7 @@ from lora_core._layers.mixin import KINDS, LoRAMixin, Shape, swap
 from lora_core.kernels.norms import without_autocast
 
 CHILD = "lora_at"  # what the child that carries the factors is called in its owner
+PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # of attention, unpacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +97,13 @@ class LoRAWeight(LoRAMixin):
     @classmethod
     def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
         """``(in, out)`` of the last two dimensions."""
-        out_features, in_features = _shape(host)[-2:]
+        *_, out_features, in_features = host.weight.shape  # type: ignore[misc]
         return int(in_features), int(out_features)
 
     @classmethod
     def lora_shapes(cls, host: nn.Module, config: AdapterConfig) -> dict[str, Shape]:
         """The shapes of the parts, the parameter's leading dimensions before them."""
-        *batch, out, size = _shape(host)
+        *batch, out, size = host.weight.shape  # type: ignore[misc]
         down, up = (*batch, config.room, size), (*batch, out, config.room)
         every = {"lora_A": down, "lora_B": up, "lora_A0": down, "lora_B0": up}
         return {part: every[part] for part in config.parts if part in every}
@@ -177,7 +178,7 @@ class LoRAWeight(LoRAMixin):
     def leave(self) -> None:
         """Takes the child off its owner, in place; with the last one the owner's class goes."""
         owner = self.owner
-        child = f"{CHILD}_{self.lora_label}" if self.lora_label else CHILD
+        child = next(name for name, module in owner._modules.items() if module is self)
         host = host_of(owner)
         reads = tuple(read for read in _reads(owner) if read[1] != child)
         del owner._modules[child]
@@ -223,6 +224,7 @@ def reading_class(host: type[nn.Module], reads: Reads) -> type[nn.Module]:
         names[parameter] = _reading(parameter, [c for p, c in reads if p == parameter])
     if issubclass(host, nn.RNNBase):
         names["_flat_weights"] = property(_flat_weights, _pass_by)
+        names["_update_flat_weights"] = _pass_by
         # its own also sets an entry of that list, which reads every weight, old and new ones mixed
         names["__setattr__"] = nn.Module.__setattr__
     made = type(f"LoRA{host.__name__}", (WeightReader, host), names)
@@ -235,9 +237,11 @@ def slots(module: nn.Module) -> Iterator[Slot]:
     The parts of attention's packed projection come under the names that they have unpacked.
     """
     own = module._parameters
+    parts: tuple[str, ...] = ()
     if isinstance(module, nn.MultiheadAttention):
+        parts = PROJECTIONS
         size, packed = module.embed_dim, own.get("in_proj_weight") is not None
-        for i, part in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight")):
+        for i, part in enumerate(parts):
             if packed:
                 yield Slot(module, "in_proj_weight", part, (i * size, (i + 1) * size))
             else:
@@ -245,22 +249,12 @@ def slots(module: nn.Module) -> Iterator[Slot]:
     for name, p in own.items():
         if p is None or p.ndim < 2 or (name == "weight" and _is_layer(module)):
             continue
-        if name.startswith("lora_") or (
-            isinstance(module, nn.MultiheadAttention)
-            and name.endswith("_proj_weight")
-            and name != "in_proj_weight"
-        ):
-            continue
-        yield Slot(module, name, name)
+        if not name.startswith("lora_") and name not in parts:
+            yield Slot(module, name, name)
 
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, (*KINDS, LoRAMixin))
-
-
-def _shape(host: nn.Module | Slot) -> Shape:
-    weight: Tensor = host.weight  # type: ignore[assignment]
-    return tuple(weight.shape)
 
 
 def _rows(owner: nn.Module, parameter: str, rows: tuple[int, int] | None) -> Tensor:
@@ -317,7 +311,7 @@ def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
     return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[misc]
 
 
-def _pass_by(self: nn.RNNBase, value: object) -> None:
+def _pass_by(self: nn.RNNBase, *_: object) -> None:
     """The list of a recurrent layer's weights is made when it is read."""
 
 

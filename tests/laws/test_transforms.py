@@ -89,7 +89,7 @@ def test_an_exported_program_computes_the_same_for_every_batch(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2-conv1d", "attention-whole"])
+@pytest.mark.parametrize("name", ["gpt2-conv1d", "attention-whole", "gru"])
 def test_so_does_a_strictly_exported_one_which_is_compiled(name):
     export(ZOO[name], strict=True)
 

@@ -1,0 +1,118 @@
+"""The layers that patterns choose, and an error that helps where they choose none."""
+
+import difflib
+from collections.abc import Sequence
+
+from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
+from lora_core._injection.targets.attention import attention_projections
+from lora_core._injection.targets.patterns import Pattern, Patterns, as_patterns, matches, shown
+from lora_core._injection.targets.walking import Candidate
+
+
+def choose(
+    candidates: Sequence[Candidate], targets: Patterns | None, exclude: Patterns
+) -> tuple[list[Candidate], dict[str, str]]:
+    """The layers to adapt, and why each other adaptable layer was left out.
+
+    Raises:
+        TargetError: If a pattern matches nothing, or nothing is left.
+        UnsupportedLayerError: If a pattern asks for a layer that can't be adapted.
+    """
+    adaptable = [c for c in candidates if c.adaptable]
+    if targets is None:
+        projections = attention_projections(candidates)
+        chosen = {c.name for c in adaptable if c.name in projections and not c.problem}
+        reason = "no attention projection"
+        if not chosen:
+            raise _no_attention(adaptable)
+        asked: set[str] = set()
+    else:
+        patterns = as_patterns("targets", targets)
+        if not patterns:
+            raise ConfigError(
+                "`targets` must hold a pattern, but is empty."
+                " Leave it out (None) to adapt the attention projections."
+            )
+        asked = _targeted(patterns, candidates, adaptable)
+        chosen, reason = asked, "not matched by `targets`"
+    excluded = _excluded(exclude, [c for c in adaptable if c.name in chosen])
+    chosen = chosen - excluded.keys()
+    hazards = [c for c in adaptable if c.name in chosen and c.problem]
+    if hazards:
+        raise UnsupportedLayerError(
+            f"Every layer that `targets` names must be adaptable, but {hazards[0].name!r}"
+            f" ({type(hazards[0].owners[0]).__name__}) {hazards[0].problem}"
+            + (f" So are {len(hazards) - 1} more." if len(hazards) > 1 else "")
+        )
+    if not chosen:
+        raise TargetError(f"`exclude` must leave a layer, but takes away all {len(excluded)}.")
+    left_out = {
+        c.name: excluded.get(c.name) or c.problem or reason
+        for c in adaptable
+        if c.name not in chosen and not c.raw
+    }
+    return [c for c in adaptable if c.name in chosen], left_out
+
+
+def _targeted(
+    patterns: list[Pattern], candidates: Sequence[Candidate], adaptable: Sequence[Candidate]
+) -> set[str]:
+    asked: set[str] = set()
+    for pattern in patterns:
+        hits = [c for c in adaptable if matches(pattern, c)]
+        others = [] if hits else [c for c in candidates if not c.adaptable and matches(pattern, c)]
+        if others:
+            first = others[0]
+            inside = [c.name for c in adaptable if c.name.startswith(f"{first.name}.".lstrip("."))]
+            raise UnsupportedLayerError(
+                f"`targets` must match an adaptable layer or parameter, but {shown(pattern)}"
+                f" matches only {type(first.module).__name__} at {first.name!r}."
+                + (f" It holds {listed(inside)}: write '{first.name}.*'." if inside else "")
+            )
+        if not hits:
+            raise _no_match("targets", pattern, adaptable, "adaptable layers")
+        asked.update(c.name for c in hits)
+    return asked
+
+
+def _excluded(exclude: Patterns, chosen: Sequence[Candidate]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pattern in as_patterns("exclude", exclude):
+        hits = [c for c in chosen if matches(pattern, c)]
+        if not hits:
+            raise _no_match("exclude", pattern, chosen, "chosen layers")
+        for c in hits:
+            found.setdefault(c.name, f"excluded by {shown(pattern)}")
+    return found
+
+
+def no_rule_match(pattern: Pattern, chosen: Sequence[Candidate]) -> TargetError:
+    """The error for a rule that no chosen layer falls under."""
+    return _no_match("rules", pattern, chosen, "chosen layers")
+
+
+def _no_match(what: str, pattern: Pattern, among: Sequence[Candidate], kind: str) -> TargetError:
+    hint = ""
+    if isinstance(pattern, str):
+        names = [name for c in among for name in c.names]
+        tails = [".".join(name.split(".")[-size:]) for name in names for size in (1, 2)]
+        close = difflib.get_close_matches(pattern, [*dict.fromkeys([*tails, *names])], n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    if not hint:
+        tails = sorted({c.name.rpartition(".")[2] for c in among if not c.raw})
+        hint = f" Their names end in {listed(tails)}." if any(tails) else ""
+    layers = [c for c in among if not c.raw]
+    return TargetError(
+        f"`{what}` must match a layer, but {shown(pattern)} matches none of"
+        f" {len(layers)} {kind}.{hint}"
+    )
+
+
+def _no_attention(adaptable: Sequence[Candidate]) -> TargetError:
+    layers = [c for c in adaptable if not c.raw]
+    tails = sorted({c.name.rpartition(".")[2] for c in layers} - {""})
+    repair = f" Name layers with `targets=`: {listed(tails)}." if tails else ""
+    return TargetError(
+        "The model must have attention projections that `inject` knows by name and place, but"
+        f" none of its {len(layers)} adaptable layers is one.{repair}"
+    )

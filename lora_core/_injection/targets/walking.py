@@ -1,0 +1,116 @@
+"""Every place in a model that could carry an adapter, with all the names that it has."""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import nn
+
+from lora_core._adapters import clean
+from lora_core._injection.targets.dialects import LAST_NAMES
+from lora_core._layers import CHILD, LoRAWeight, Slot, mixin_for, slots, why_not
+from lora_core._layers.weights import PROJECTIONS
+
+_MOST_NAMES = 16  # names of one module that are told apart
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A module or parameter, all its dotted names, and why it can't be adapted ("" if it can).
+
+    Attributes:
+        names: Every dotted name under which it is reached, the first one first.
+        module: The module, or the place of a parameter that is read and never called.
+        adaptable: Whether its kind can carry an adapter.
+        problem: What stands in the way on a layer of an adaptable kind.
+        owners: The modules by whose class it is found.
+        raw: Whether it is a parameter that only its own name finds.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module | Slot
+    adaptable: bool
+    problem: str
+    owners: tuple[nn.Module, ...]
+    raw: bool = False
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+
+def walk(model: nn.Module) -> list[Candidate]:
+    """Every module of `model` once, with all its names, in the order of `named_modules`.
+
+    A module's parameters that can be adapted where they are read come right after it.
+    """
+    seen: _Seen = {}
+    _visit(model, "", (), seen)
+    found = []
+    for module, (names, parents) in seen.items():
+        if isinstance(module, LoRAWeight):
+            owners = (module.owner, *_readers(seen[module.owner][1]))
+            found.append(
+                Candidate(
+                    tuple(names), module, True, "", owners, _is_raw(module.owner, module.lora_label)
+                )
+            )
+            continue
+        adaptable = mixin_for(module) is not None
+        readers = _readers(parents) if adaptable else []
+        there = CHILD in module._modules
+        problem = why_not(module) if adaptable and not (readers and there) else ""
+        is_read = bool(readers) and not problem
+        owners = (module, *readers)
+        found.append(Candidate(tuple(names), module, adaptable and not is_read, problem, (module,)))
+        if is_read and not there:
+            found.append(Candidate(tuple(names), Slot(module, "weight", ""), True, "", owners))
+        for slot in slots(module):
+            if slot.child not in module._modules:
+                labelled = tuple(f"{name}.{slot.label}".lstrip(".") for name in names)
+                raw = _is_raw(module, slot.label)
+                found.append(Candidate(labelled, slot, True, why_not(slot), (module,), raw))
+    return found
+
+
+def modules_of(candidates: Iterable[Candidate]) -> list[nn.Module]:
+    """The modules among these, each once."""
+    return [c.module for c in candidates if isinstance(c.module, nn.Module)]
+
+
+def _is_raw(owner: nn.Module, label: str) -> bool:
+    """Whether a parameter is none of those that a known kind of module is made of."""
+    packed = isinstance(owner, nn.MultiheadAttention) and label in PROJECTIONS
+    return bool(label) and not packed and not isinstance(owner, nn.RNNBase | nn.RNNCellBase)
+
+
+# a module, its dotted names, and its parents with what they call it
+_Seen = dict[nn.Module, tuple[list[str], list[tuple[nn.Module, str]]]]
+
+
+def _visit(module: nn.Module, name: str, above: tuple[nn.Module, ...], seen: _Seen) -> None:
+    names, parents = seen.setdefault(module, ([], []))
+    # a module that contains itself, or whose names would multiply without end
+    if module in above or len(names) == _MOST_NAMES:
+        return
+    names.append(name)
+    parents += [(parent, name.rpartition(".")[2]) for parent in above[-1:]]
+    for child, part in [(c, n) for n, c in module._modules.items() if c is not None]:
+        dotted = clean(f"{name}.{part}".lstrip("."))
+        _visit(child, dotted, (*above, module), seen)
+
+
+def _readers(parents: list[tuple[nn.Module, str]]) -> list[nn.Module]:
+    """The parents that read this layer's weight themselves and never call the layer."""
+    return [p for p, name in parents if name in LAST_NAMES and _reads_weights(type(p))]  # type: ignore[arg-type]
+
+
+@lru_cache
+def _reads_weights(cls: type) -> bool:
+    """Whether this class hands weights to `F.multi_head_attention_forward` instead of calling."""
+    kinds = cls.__mro__
+    methods = [m for kind in kinds[: kinds.index(nn.Module)] for m in vars(kind).values()]
+    code = [inspect.unwrap(m).__code__ for m in methods if inspect.isfunction(m)]
+    return any("multi_head_attention_forward" in c.co_names for c in code)
