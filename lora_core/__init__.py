@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from lora_core import functional as functional
     from lora_core import models as models
     from lora_core import testing as testing
+    from lora_core._adapters import checkpoint_context as checkpoint_context
     from lora_core._adapters import disabled as disabled
     from lora_core._adapters import parameters as parameters
+    from lora_core._adapters import pinned as pinned
     from lora_core._adapters import scales as scales
     from lora_core._adapters import summary as summary
     from lora_core._errors import AdapterError as AdapterError
@@ -50,7 +52,9 @@ if TYPE_CHECKING:
     from lora_core._training import trainable as trainable
 
 _ROOMS = {
-    "_adapters": ("disabled", "parameters", "scales", "summary"),
+    "_adapters": (
+        *("checkpoint_context", "disabled", "parameters", "pinned", "scales", "summary"),
+    ),
     "_errors": (
         "AdapterError",
         "ConfigError",

@@ -4,6 +4,7 @@ from lora_core._layers.attaching import (
     attach,
     call_me,
     detach,
+    exchange,
     factor_names,
     fresh_parts,
     layer_config,
@@ -13,6 +14,7 @@ from lora_core._layers.attaching import (
     sizes,
     why_not,
 )
+from lora_core._layers.calling import PINS, refuse_choice, selection_of
 from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explaining import explain
@@ -25,6 +27,7 @@ __all__ = [
     "CHILD",
     "FROZEN",
     "KINDS",
+    "PINS",
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",
@@ -41,6 +44,7 @@ __all__ = [
     "attach",
     "call_me",
     "detach",
+    "exchange",
     "explain",
     "factor_names",
     "fresh_parts",
@@ -49,7 +53,9 @@ __all__ = [
     "mixin_for",
     "non_finite",
     "part_shapes",
+    "refuse_choice",
     "refuse_merged",
+    "selection_of",
     "sizes",
     "slots",
     "swap",

@@ -1,7 +1,7 @@
 """What a call of an adapted layer is beside its arithmetic: traced, checkpointed, or pinned."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,15 @@ def selection_of(layer: nn.Module) -> Selection:
     """The active adapters of a layer, as the running thread sees them."""
     chosen: Selection = layer.lora_selection  # type: ignore[assignment]
     return PINS.blocks[-1].get(layer, chosen) if PINS.blocks else chosen
+
+
+def refuse_choice(layers: Iterable[nn.Module]) -> None:
+    """Raises where the running thread would not see what it chooses."""
+    if PINS.blocks and any(layer in PINS.blocks[-1] for layer in layers):
+        raise ConfigError(
+            "Strengths must be chosen outside `with pinned(model)`, but are inside, where this"
+            " thread would not see them. Choose first, then pin."
+        )
 
 
 def refuse_pins() -> None:
@@ -92,7 +101,8 @@ class _Marked(torch.autograd.Function):
         ctx.save_for_backward(out.new_empty(0, mark))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors  # a checkpoint compares when it is asked for them
         return grad, None
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
+from lora_core._layers.calling import checked
 from lora_core._layers.mixin import KINDS, LoRAMixin, Shape, swap
 from lora_core.kernels.norms import without_autocast
 
@@ -135,9 +136,10 @@ class LoRAWeight(LoRAMixin):
         with without_autocast(weight):
             delta = functional.lora_delta(lora_A, lora_B, gain)
             mine = functional.merged_weight(weight[start:stop], delta)
-        if self.lora_rows is None:
-            return mine
-        return torch.cat([weight[:start], mine, weight[stop:]])
+        whole = mine
+        if self.lora_rows is not None:
+            whole = torch.cat([weight[:start], mine, weight[stop:]])
+        return whole if torch.compiler.is_compiling() else checked(self, whole)
 
     @staticmethod
     def lora_subtracted(lora_A: Tensor, lora_B: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,26 @@
+"""The adapters on a model: listing them, and choosing which are active and how strongly."""
+
+from lora_core._adapters.listing import (
+    adapted_layers,
+    adapter_names,
+    clean,
+    layers_with,
+    parameters,
+    summary,
+)
+from lora_core._adapters.pinning import checkpoint_context, pinned
+from lora_core._adapters.scopes import disabled
+from lora_core._adapters.strengths import scales
+
+__all__ = [
+    "adapted_layers",
+    "adapter_names",
+    "checkpoint_context",
+    "clean",
+    "disabled",
+    "layers_with",
+    "parameters",
+    "pinned",
+    "scales",
+    "summary",
+]

@@ -1,0 +1,137 @@
+"""Which adapters are on a model, and how they stand."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
+from lora_core._layers import CHILD, LoRAMixin, Strength
+from lora_core._reports import AdapterSummary, Summary, count
+
+
+def clean(name: str) -> str:
+    """A module's dotted name without what `torch.compile`, or an adapted parameter, puts into it.
+
+    Example:
+        >>> clean("_orig_mod.attn.lora_at_q_proj_weight"), clean("attn.out_proj.lora_at")
+        ('attn.q_proj_weight', 'attn.out_proj')
+    """
+    if "_orig_mod" not in name and CHILD not in name:
+        return name
+    parts = (part for part in name.split(".") if part not in ("_orig_mod", CHILD))
+    return ".".join(part.removeprefix(f"{CHILD}_") for part in parts)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRAMixin]:
+    """The layers of `model` that carry adapters, each once, by their first dotted name."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` must be an nn.Module, but is {type(model).__name__}.")
+    return {clean(n): m for n, m in model.named_modules() if isinstance(m, LoRAMixin)}
+
+
+def adapter_names(layers: Mapping[str, LoRAMixin]) -> list[str]:
+    """The names of all adapters on these layers, in order of arrival."""
+    return list(dict.fromkeys(name for layer in layers.values() for name in layer.lora_configs))
+
+
+def layers_with(model: nn.Module, name: str | None) -> dict[str, LoRAMixin]:
+    """The layers that carry adapter `name`, or any adapter where it is None.
+
+    Raises:
+        AdapterError: If there are none.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise AdapterError(
+            f"The model must have an adapter, but this {type(model).__name__} has none."
+            " Call `inject` or `load` first."
+        )
+    found = {n: m for n, m in layers.items() if name is None or name in m.lora_configs}
+    if not found:
+        raise AdapterError(
+            f"`name` must be an adapter of the model, but is {name!r};"
+            f" it has {listed(adapter_names(layers))}."
+        )
+    return found
+
+
+def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """The factors of one adapter, or of all: what an optimiser should be given.
+
+    Those that are frozen now are among them: an optimiser passes over what has no gradient, and
+    goes on working when `trainable` chooses other adapters.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter; None means all.
+
+    Returns:
+        Each Parameter once, `lora_A` before `lora_B`, in the order of the model.
+
+    Raises:
+        AdapterError: If there is no such adapter, or none at all.
+        UnsupportedLayerError: If a layer was placed by hand where nothing would call it, so that
+            its factors would never get a gradient.
+
+    Example:
+        >>> from lora_core import LoRALinear
+        >>> [tuple(p.shape) for p in parameters(LoRALinear(nn.Linear(3, 5), rank=2))]
+        [(2, 3), (5, 2)]
+    """
+    layers = layers_with(model, name)
+    uncalled = [
+        f"{n}.out_proj".lstrip(".")
+        for n, m in model.named_modules()
+        if isinstance(m, nn.MultiheadAttention) and isinstance(m.out_proj, LoRAMixin)
+    ]
+    if uncalled:
+        raise UnsupportedLayerError(
+            f"An adapted layer must be called to train, but {listed(uncalled)} is not:"
+            " nn.MultiheadAttention reads its weight itself. Put the plain layer back."
+        )
+    return [
+        part
+        for layer in layers.values()
+        for adapter in layer.lora_configs
+        if name in (None, adapter)
+        for part in layer.lora_trained_parts(adapter).values()
+    ]
+
+
+def summary(model: nn.Module) -> Summary:
+    """How the adapters of a model stand; changes nothing and prints as a table."""
+    layers = adapted_layers(model)
+    adapters = []
+    for name in adapter_names(layers):
+        mine = {n: m for n, m in layers.items() if name in m.lora_configs}
+        factors = [part for m in mine.values() for part in m.lora_parts(name).values()]
+        strengths = (_strengths(m)[name] for m in mine.values() if name in _strengths(m))
+        adapters.append(
+            AdapterSummary(
+                name=name,
+                layers=tuple(mine),
+                ranks=tuple(sorted({m.lora_configs[name].rank for m in mine.values()})),
+                scales=tuple(sorted({m.lora_configs[name].scale for m in mine.values()})),
+                parameters=count(factors),
+                nbytes=sum(p.numel() * p.element_size() for p in factors),
+                strengths=tuple(dict.fromkeys(strengths)),
+                trainable=any(p.requires_grad for p in factors),
+                merged=any(
+                    m.lora_merged and name in m.lora_merged.strengths for m in mine.values()
+                ),
+            )
+        )
+    everything = list(model.parameters())
+    return Summary(
+        adapters=tuple(adapters),
+        trainable=count([p for p in everything if p.requires_grad]),
+        total=count(everything),
+    )
+
+
+def _strengths(layer: LoRAMixin) -> Mapping[str, Strength]:
+    """The strengths that a layer's output shows: those merged in, or those selected."""
+    if layer.lora_merged is not None:
+        merged: Mapping[str, Strength] = layer.lora_merged.strengths
+        return merged
+    return dict(zip(*layer.lora_selection[:2], strict=True))

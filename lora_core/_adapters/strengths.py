@@ -1,0 +1,223 @@
+"""Choosing which adapters are active, and how strongly."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from lora_core._adapters import scopes
+from lora_core._adapters.listing import adapter_names, layers_with
+from lora_core._config import check_finite
+from lora_core._errors import (
+    AdapterError,
+    ConfigError,
+    MergeError,
+    UnsupportedLayerError,
+    listed,
+)
+from lora_core._layers import LoRAMixin, LoRAWeight, Strength, refuse_choice
+
+
+class Scales(scopes.Scope, AbstractContextManager["Scales"]):
+    """What `scales` did; leaving it as a context puts back what was there before.
+
+    Attributes:
+        strengths: The active adapters and their strengths.
+    """
+
+    def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Strength]) -> None:
+        self.strengths = dict(strengths)
+        self._chosen = [(layer, layer.lora_select(self.strengths)) for layer in layers.values()]
+        self._choose(entered=False)
+
+    def _choose(self, *, entered: bool) -> None:
+        with scopes.LOCK, ExitStack() as undo:
+            super().__init__([layer for layer, _ in self._chosen], entered=entered, hides=False)
+            undo.callback(self.undo)
+            for layer, selection in self._chosen:
+                layer.lora_selection = selection
+            undo.pop_all()
+        self._ended = False
+
+    def undo(self) -> None:
+        """Puts back what was there before."""
+        self._ended, self._chosen = True, []
+        super().undo()
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{name}={shown(s)}" for name, s in self.strengths.items())
+        return f"scales({inner})"
+
+    def __enter__(self) -> Self:
+        if self._ended:
+            raise ConfigError(
+                "A `scales` block must be entered once, but this one is over and its strengths are"
+                " gone. Call `scales(model, ...)` again."
+            )
+        with scopes.LOCK:
+            # an earlier block that ended in the meantime took this receipt back with it
+            if self.over:
+                self._choose(entered=True)
+            self.entered = True
+        return self
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "What `scales` returns must stay with the model it was made for, but was to be copied."
+            " Copy the model alone."
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+Sample = str | None | Mapping[str, float]
+
+
+def scales(
+    model: nn.Module,
+    samples: Sequence[Sample] | None = None,
+    /,
+    **strengths: float | Sequence[float] | Tensor,
+) -> Scales:
+    """Chooses the active adapters and their strengths, in place.
+
+    The adapters named become the active ones, in this order, each multiplied by its strength on
+    top of its layers' scales; all others become inactive. Works at once, and as a context manager
+    that restores what it found.
+
+    A strength may be a tensor or a list with one entry for each sample of a batch; `samples` says
+    the same sample by sample. Such a mix costs what one adapter of all their ranks costs, trains
+    as well, and holds for the doubled batch of classifier-free guidance too. A layer whose input
+    has another batch (2 x samples is taken for guidance) raises when it is called.
+
+    Args:
+        model: A model with adapters.
+        samples: For each sample an adapter's name, a mapping of names to strengths, or None for
+            the base model.
+        strengths: A strength for each adapter that is to be active.
+
+    Raises:
+        AdapterError: If a name is no adapter of the model.
+        ConfigError: If a strength is no finite number, numbers of samples differ, or none is given.
+        UnsupportedLayerError: If samples are told apart on an adapter in a parameter that is read,
+            which all samples share, or on one with magnitudes (DoRA).
+        MergeError: If the model is merged: its weights hold the strengths that they were given.
+
+    Example:
+        >>> from lora_core import LoRALinear, summary
+        >>> layer = LoRALinear(nn.Linear(3, 5), rank=2, name="style")
+        >>> with scales(layer, style=0.5):
+        ...     summary(layer).adapters[0].strengths
+        (0.5,)
+        >>> summary(layer).adapters[0].strengths
+        (1.0,)
+    """
+    layers = layers_with(model, None)
+    known = adapter_names(layers)
+    asked: dict[str, Any] = dict(strengths)
+    if samples is not None:
+        if asked:
+            raise ConfigError(
+                "`scales` must be given samples or strengths, but got both. Put the strengths into"
+                " the samples, as in [{'style': 0.5}, None]."
+            )
+        asked = _by_adapter(samples)
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise AdapterError(
+            f"`scales` must name adapters of the model, but got {listed(unknown)};"
+            f" it has {listed(known)}."
+        )
+    if not asked:
+        raise ConfigError(
+            "`scales` must be given a strength for an adapter, but got none."
+            f" Write `scales(model, {known[0]}=1.0)`, or use `disabled(model)`."
+        )
+    checked = {name: _strength(name, value) for name, value in asked.items()}
+    _check_samples(layers, checked)
+    merged = [name for name, layer in layers.items() if layer.lora_merged is not None]
+    if merged:
+        raise MergeError(
+            f"Strengths must be chosen while unmerged, but {listed(merged)} is merged."
+            " Call `unmerge(model)` first, then `scales`, then `merge`."
+        )
+    refuse_choice(layers.values())
+    return Scales(layers, checked)
+
+
+def _by_adapter(samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """A list of strengths for each adapter, from what each sample asks for."""
+    if isinstance(samples, str | Mapping) or not isinstance(samples, Sequence) or not samples:
+        raise ConfigError(
+            "`samples` must be a list with a name, a mapping of names to strengths, or None for"
+            f" each sample, but is {samples!r}."
+        )
+    mixes: list[Mapping[str, float]] = []
+    for sample in samples:
+        mix = {sample: 1.0} if isinstance(sample, str) else {} if sample is None else sample
+        if not isinstance(mix, Mapping):
+            raise ConfigError(
+                "`samples` must hold names, mappings of names to strengths, or None, but holds"
+                f" {sample!r}."
+            )
+        mixes.append(mix)
+    names = dict.fromkeys(name for mix in mixes for name in mix)
+    return {name: [mix.get(name, 0.0) for mix in mixes] for name in names}
+
+
+def _strength(name: str, value: object) -> Strength:
+    """One strength, or one for each sample."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ConfigError(
+                f"`{name}` must be a strength that takes no gradient, but requires one."
+                " Pass `strength.detach()`."
+            )
+        if value.ndim > 1 or value.is_complex():
+            raise ConfigError(
+                f"`{name}` must be a number or hold one for each sample, but has shape"
+                f" {tuple(value.shape)}."
+            )
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ConfigError(f"`{name}` must hold a number for each sample, but is empty.")
+        return tuple(check_finite(name, v) for v in value)
+    return check_finite(name, value)
+
+
+def _check_samples(layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Strength]) -> None:
+    """Refuses strengths per sample that differ in number, or where samples can't be told apart."""
+    sizes = {name: len(s) for name, s in strengths.items() if isinstance(s, tuple)}
+    if len(set(sizes.values())) > 1:
+        raise ConfigError(
+            f"Strengths must be given for one number of samples, but differ: {sizes!r}."
+        )
+    shared = [
+        f"{n} ({name})"
+        for n, layer in layers.items()
+        for name in sizes
+        if name in layer.lora_configs
+        and (isinstance(layer, LoRAWeight) or layer.lora_configs[name].dora)
+    ]
+    if shared:
+        raise UnsupportedLayerError(
+            "A strength per sample must go to layers that see samples, but"
+            f" {listed(shared)} adapts a weight that all samples share. Give one number, or eject"
+            " the adapter there."
+        )
+
+
+def shown(strength: Strength) -> str:
+    """A strength as a receipt prints it."""
+    if isinstance(strength, tuple):
+        return "(" + ", ".join(f"{s:g}" for s in strength) + ")"
+    return f"{strength:g}"
