@@ -297,26 +297,6 @@ def attach(
     own.update(lora_configs=configs, lora_selection=layer.lora_select(chosen, configs))
 
 
-def exchange(
-    layer: LoRAMixin, name: str, config: AdapterConfig, parts: Mapping[str, nn.Parameter]
-) -> None:
-    """Replaces one adapter of a layer by another, in place and in one step for other threads.
-
-    Its strength and what of it trains stay; compiled graphs do too where the shapes do.
-    """
-    old, held = layer.lora_parts(name), dict(layer._parameters)
-    training = any(p.requires_grad for p in old.values())
-    for part in old.keys() - parts.keys():
-        del held[f"{part}_{name}"]
-    for part, p in parts.items():
-        was = old.get(part)
-        p.requires_grad_(training if was is None else was.requires_grad)
-        held[f"{part}_{name}"] = p
-    configs = {**layer.lora_configs, name: config}
-    selection = layer.lora_select(layer.lora_strengths(), configs)
-    vars(layer).update(_parameters=held, lora_configs=configs, lora_selection=selection)
-
-
 def detach(module: LoRAMixin, name: str) -> None:
     """Takes one adapter off a layer, in place; with the last one goes every trace."""
     own = vars(module)
