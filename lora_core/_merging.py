@@ -528,8 +528,7 @@ def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
 
 
 def _chosen(layer: LoRAMixin) -> dict[str, float]:
-    names, strengths, _, _ = layer.lora_selection
-    return dict(zip(names, strengths, strict=True))  # type: ignore[arg-type]  # no mix per sample
+    return layer.lora_strengths()  # type: ignore[return-value]  # no mix per sample
 
 
 def _own(layer: LoRAMixin) -> nn.Parameter:

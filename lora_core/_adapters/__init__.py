@@ -3,6 +3,7 @@
 from lora_core._adapters.listing import (
     adapted_layers,
     adapter_names,
+    check_known,
     clean,
     layers_with,
     parameters,
@@ -15,6 +16,7 @@ from lora_core._adapters.strengths import scales
 __all__ = [
     "adapted_layers",
     "adapter_names",
+    "check_known",
     "checkpoint_context",
     "clean",
     "disabled",

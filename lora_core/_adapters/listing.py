@@ -1,6 +1,6 @@
 """Which adapters are on a model, and how they stand."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -53,6 +53,16 @@ def layers_with(model: nn.Module, name: str | None) -> dict[str, LoRAMixin]:
             f" it has {listed(adapter_names(layers))}."
         )
     return found
+
+
+def check_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuses names that are no adapter of the model; `what` is the function that got them."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise AdapterError(
+            f"`{what}` must name adapters of the model, but got {listed(unknown)};"
+            f" it has {listed(known)}."
+        )
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
@@ -134,4 +144,4 @@ def _strengths(layer: LoRAMixin) -> Mapping[str, Strength]:
     if layer.lora_merged is not None:
         merged: Mapping[str, Strength] = layer.lora_merged.strengths
         return merged
-    return dict(zip(*layer.lora_selection[:2], strict=True))
+    return layer.lora_strengths()

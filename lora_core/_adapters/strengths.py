@@ -8,10 +8,9 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from lora_core._adapters import scopes
-from lora_core._adapters.listing import adapter_names, layers_with
+from lora_core._adapters.listing import adapter_names, check_known, layers_with
 from lora_core._config import check_finite
 from lora_core._errors import (
-    AdapterError,
     ConfigError,
     MergeError,
     UnsupportedLayerError,
@@ -130,12 +129,7 @@ def scales(
                 " the samples, as in [{'style': 0.5}, None]."
             )
         asked = _by_adapter(samples)
-    unknown = [name for name in asked if name not in known]
-    if unknown:
-        raise AdapterError(
-            f"`scales` must name adapters of the model, but got {listed(unknown)};"
-            f" it has {listed(known)}."
-        )
+    check_known("scales", asked, known)
     if not asked:
         raise ConfigError(
             "`scales` must be given a strength for an adapter, but got none."

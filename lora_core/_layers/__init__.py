@@ -20,13 +20,22 @@ from lora_core._layers.explaining import explain
 from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import KINDS, LoRAMixin, adapted_class, refuse_merged, swap
 from lora_core._layers.state import FROZEN, Merged, Selection, Strength
-from lora_core._layers.weights import CHILD, LoRAWeight, Slot, WeightReader, host_of, slots
+from lora_core._layers.weights import (
+    CHILD,
+    PROJECTIONS,
+    LoRAWeight,
+    Slot,
+    WeightReader,
+    host_of,
+    slots,
+)
 
 __all__ = [
     "CHILD",
     "FROZEN",
     "KINDS",
     "PINS",
+    "PROJECTIONS",
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",

@@ -56,14 +56,22 @@ def recorded(layer: nn.Module, x: Proxy, args: tuple[Any, ...], kwargs: dict[str
     Raises:
         UnsupportedLayerError: If the layer is the very module that is traced.
     """
-    tracer: Any = x.tracer
-    if tracer.root is layer:
+    shared = node_of(x.tracer, layer, "An adapted layer")
+    return x.tracer.create_proxy("call_function", run, (shared, *args), kwargs)
+
+
+def node_of(tracer: Any, module: nn.Module, what: str) -> Proxy:
+    """A module itself as a node of the graph, which shares it.
+
+    Raises:
+        UnsupportedLayerError: If the module is the very one that is traced.
+    """
+    if tracer.root is module:
         raise UnsupportedLayerError(
-            f"An adapted layer must stand in a model to be traced by torch.fx, but this"
-            f" {type(layer).__name__} is the whole of it. Trace nn.Sequential(layer)."
+            f"{what} must stand in a model to be traced by torch.fx, but this"
+            f" {type(module).__name__} is the whole of it. Trace nn.Sequential(module)."
         )
-    shared = tracer.create_proxy("get_attr", tracer.path_of_module(layer), (), {})
-    return tracer.create_proxy("call_function", run, (shared, *args), kwargs)  # type: ignore[no-any-return]
+    return tracer.create_proxy("get_attr", tracer.path_of_module(module), (), {})  # type: ignore[no-any-return]
 
 
 def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -77,9 +85,9 @@ def checked(layer: nn.Module, out: Tensor) -> Tensor:
     Checkpointing compares the shapes of what it recomputes with those of what it saw at first and
     raises CheckpointError where they differ; so what is active is made a shape.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if torch.compiler.is_compiling():  # a graph keeps the strengths that it ran with
         return out
-    if not (isinstance(out, Tensor) and out.requires_grad):
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None or not out.requires_grad:
         return out
     names, strengths, _, _ = selection_of(layer)
     marked: Tensor = _Marked.apply(out, hash((names, strengths)) % _LARGEST)  # type: ignore[no-untyped-call]

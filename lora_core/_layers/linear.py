@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -60,7 +59,7 @@ class LoRALinear(Adopting, nn.Linear):
         out = functional.fused_lora_linear(
             input, self.weight, self.bias, lora_A, lora_B, gain, dropout=dropout
         )
-        return out if torch.compiler.is_compiling() else checked(self, out)
+        return checked(self, out)
 
 
 def is_fused(active: Active) -> bool:

@@ -145,7 +145,7 @@ class LoRAMixin(nn.Module):
             out = out + self.lora_update(x, update).to(base.dtype)
         if bias is not None:
             out = out + self.lora_channels(bias, base).to(base.dtype)
-        return out if torch.compiler.is_compiling() else checked(self, out)
+        return checked(self, out)
 
     def lora_update(self, x: Tensor, update: Update) -> Tensor:
         """What one update adds to the host's output."""
@@ -214,7 +214,7 @@ class LoRAMixin(nn.Module):
             _, _, _, bank = self.lora_selection
             return self._lora_collect(tuple(self.lora_configs), bank, x, training=self.training)
         while True:
-            here, seen = self._parameters, selection_of(self)
+            configs, seen = self.lora_configs, selection_of(self)
             try:
                 scales = self._lora_scales(seen)
                 found = self._lora_collect(seen.names, scales, x, training=self.training)
@@ -228,7 +228,7 @@ class LoRAMixin(nn.Module):
                         " taken off. Eject or replace it after `with pinned(model)`."
                     ) from None
                 continue
-            if self._parameters is here:  # all of one file, though another thread loads the next
+            if self.lora_configs is configs:  # all of one adapter, though a name be taken again
                 return found
 
     def _lora_scales(self, seen: Selection) -> Sequence[Tensor | float]:
@@ -469,18 +469,17 @@ class LoRAMixin(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         hollow = [name for name in self.lora_configs if self.lora_factors(name)[0].is_meta]
-        own = [
-            (t, config.dtype)
+        stored = {
+            t: config.dtype
             for name, config in self.lora_configs.items()
             for p in self.lora_parts(name).values()
             for t in (p, p.grad)
             if t is not None
-        ]
-        stored = {id(t): dtype for t, dtype in own}
+        }
 
         def kept(t: Tensor) -> Tensor:
             """What `fn` makes of a tensor; an adapter's stays as wide as it was asked to be."""
-            moved, dtype = fn(t), stored.get(id(t))
+            moved, dtype = fn(t), stored.get(t)
             if dtype is None or moved.dtype.itemsize >= dtype.itemsize:
                 return moved
             return t.to(moved.device, dtype)

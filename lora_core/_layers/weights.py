@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
-from lora_core._layers.calling import checked
+from lora_core._layers.calling import checked, node_of
 from lora_core._layers.mixin import KINDS, LoRAMixin, Shape, swap
 from lora_core.kernels.norms import without_autocast
 
@@ -139,7 +139,7 @@ class LoRAWeight(LoRAMixin):
         whole = mine
         if self.lora_rows is not None:
             whole = torch.cat([weight[:start], mine, weight[stop:]])
-        return whole if torch.compiler.is_compiling() else checked(self, whole)
+        return checked(self, whole)
 
     @staticmethod
     def lora_subtracted(lora_A: Tensor, lora_B: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,12 +291,7 @@ def _recorded_read(owner: nn.Module, parameter: str, found: Proxy) -> Proxy:
     Raises:
         UnsupportedLayerError: If the graph holds the parameter already, or only it is traced.
     """
-    tracer: Any = found.tracer
-    if tracer.root is owner:
-        raise UnsupportedLayerError(
-            f"A module with an adapted parameter must stand in a model to be traced by torch.fx,"
-            f" but this {type(owner).__name__} is the whole of it. Trace nn.Sequential(module)."
-        )
+    shared = node_of(found.tracer, owner, "A module with an adapted parameter")
     if found.node.users:
         raise UnsupportedLayerError(
             f"An adapted parameter must be read under one name to be traced by torch.fx, but"
@@ -305,8 +300,7 @@ def _recorded_read(owner: nn.Module, parameter: str, found: Proxy) -> Proxy:
         )
     if not found.node._erased:  # by an earlier read
         found.node.graph.erase_node(found.node)
-    shared = tracer.create_proxy("get_attr", tracer.path_of_module(owner), (), {})
-    return tracer.create_proxy("call_function", getattr, (shared, parameter), {})  # type: ignore[no-any-return]
+    return found.tracer.create_proxy("call_function", getattr, (shared, parameter), {})
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor]:

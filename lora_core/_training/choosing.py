@@ -7,8 +7,8 @@ from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
-from lora_core._adapters import adapter_names, layers_with
-from lora_core._errors import AdapterError, ConfigError, listed
+from lora_core._adapters import adapter_names, check_known, layers_with
+from lora_core._errors import ConfigError, listed
 from lora_core._layers import FROZEN, LoRAMixin
 from lora_core._reports import count
 
@@ -107,12 +107,7 @@ def trainable(model: nn.Module, *names: str) -> Trainable:
     """
     layers = layers_with(model, None)
     known = adapter_names(layers)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise AdapterError(
-            f"`trainable` must name adapters of the model, but got {listed(unknown)};"
-            f" it has {listed(known)}."
-        )
+    check_known("trainable", names, known)
     if not names:
         raise ConfigError(
             "`trainable` must be given an adapter, but got none."

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_core.kernels.norms import without_autocast
+
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, gain: Tensor | float = 1.0) -> Tensor:
     """The dense update ``lora_B @ diag(gain) @ lora_A``, in float32 or wider.
@@ -31,7 +33,7 @@ def delta_norm(lora_A: Tensor, lora_B: Tensor, gain: Tensor | float = 1.0) -> Te
         >>> delta_norm(torch.ones(2, 3), torch.ones(3, 2)).item()
         6.0
     """
-    with torch.autocast(lora_A.device.type, enabled=False):
+    with without_autocast(lora_A):
         A, B = lora_A.double(), lora_B.double() * gain
         total = ((B.mT @ B) * (A @ A.mT)).sum()
     zero = total <= 0  # where a square root has no gradient; NaN stays NaN

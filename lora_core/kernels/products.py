@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.kernels.dropout import keep_mask
+from lora_core.kernels.norms import without_autocast
 
 Gain = float | Tensor
 
@@ -154,7 +155,7 @@ def outside_autocast(t: Tensor) -> AbstractContextManager[None]:
     """Autocast off, where it is on: a backward may be called inside, its forward not."""
     if not torch._C._is_any_autocast_enabled():
         return _NOTHING
-    return torch.autocast(t.device.type, enabled=False)
+    return without_autocast(t)
 
 
 def frozen(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,7 @@ from torch import nn
 
 from lora_core._injection.targets.dialects import DIALECTS
 from lora_core._injection.targets.walking import Candidate
-from lora_core._layers import mixin_for
-from lora_core._layers.weights import PROJECTIONS
+from lora_core._layers import PROJECTIONS, mixin_for
 
 
 def attention_projections(candidates: Sequence[Candidate]) -> dict[str, str]:

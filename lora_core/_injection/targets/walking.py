@@ -9,8 +9,7 @@ from torch import nn
 
 from lora_core._adapters import clean
 from lora_core._injection.targets.dialects import LAST_NAMES
-from lora_core._layers import CHILD, LoRAWeight, Slot, mixin_for, slots, why_not
-from lora_core._layers.weights import PROJECTIONS
+from lora_core._layers import CHILD, PROJECTIONS, LoRAWeight, Slot, mixin_for, slots, why_not
 
 _MOST_NAMES = 16  # names of one module that are told apart
 
