@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import lora_core
 from benchmarks.options import add_outputs, at_least_one, write_json
-from lora_core._files import native
 from lora_core._files.fingerprint import fingerprint
+from lora_core._formats import Adapter, AdapterLayer, native
 from lora_core._layers import LoRAMixin
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -167,8 +167,8 @@ def adapter_bytes(model: nn.Module, name: str = "default") -> int:
     layers = {}
     for host_name, host in hosts.items():
         config = host.lora_configs[name]
-        layers[host_name] = native.FileLayer(host.lora_kind, config, host.lora_stored(name))
-    return file_bytes(*native.encode(native.AdapterFile(name, layers, fingerprint(hosts), {})))
+        layers[host_name] = AdapterLayer(host.lora_kind, config, host.lora_stored(name))
+    return file_bytes(*native.encode(Adapter(name, layers, fingerprint(hosts), {})))
 
 
 def count_model(title: str, model: nn.Module, ranks: Sequence[int]) -> ModelCount:

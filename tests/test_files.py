@@ -27,9 +27,8 @@ from torch import nn
 import lora_core
 from lora_core import AdapterError, ConfigError, CorruptFileError, MergeError, MismatchError
 from lora_core._config import AdapterConfig
-from lora_core._files import container, native
 from lora_core._files.fingerprint import differing, fingerprint
-from lora_core._files.native import AdapterFile, FileLayer
+from lora_core._formats import Adapter, AdapterLayer, container, native
 from lora_core.testing.laws import train_pretend
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,14 +118,14 @@ def test_a_rank_stabilised_scale_comes_back_and_the_second_file_is_the_first(
 def test_a_plain_adapter_is_described_as_ever() -> None:
     config = AdapterConfig(rank=1, alpha=2.0, dropout=0.0, dtype=torch.float32)
     parts = {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(3, 1)}
-    layer = FileLayer("linear", config, parts)
-    _, entries = native.encode(AdapterFile("a", {"x": layer}, {"dtype": "d", "samples": "s"}, {}))
+    layer = AdapterLayer("linear", config, parts)
+    _, entries = native.encode(Adapter("a", {"x": layer}, {"dtype": "d", "samples": "s"}, {}))
     assert entries["lora_core"] == (
         '{"adapter":"a","base":{"dtype":"d","samples":"s"},'
         '"layers":{"x":{"alpha":2.0,"kind":"linear","rank":1}},"version":1}'
     )
     _, entries = native.encode(
-        AdapterFile("a", {"x": replace(layer, config=replace(config, rslora=True))}, {}, {})
+        Adapter("a", {"x": replace(layer, config=replace(config, rslora=True))}, {}, {})
     )
     assert '"x":{"alpha":2.0,"kind":"linear","rank":1,"rslora":true}' in entries["lora_core"]
 
@@ -632,7 +631,7 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(tmp_path: Path) -> 
     script = textwrap.dedent(
         """
         import sys
-        from lora_core._files.container import write
+        from lora_core._formats.container import write
         contents = [bytes([i]) * 300_000 for i in range(2)]
         print("ready", flush=True)
         while True:

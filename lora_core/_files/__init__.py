@@ -19,9 +19,8 @@ from lora_core._errors import (
     MismatchError,
     listed,
 )
-from lora_core._files import container, native
 from lora_core._files.fingerprint import differing, fingerprint
-from lora_core._files.native import AdapterFile, FileLayer
+from lora_core._formats import Adapter, AdapterLayer, container, native
 from lora_core._injection import Candidate, Graft, graft, modules_of, walk
 from lora_core._injection.planning import describe
 from lora_core._layers import LoRAMixin, Slot, mixin_for, non_finite, part_shapes, sizes
@@ -97,8 +96,8 @@ def save(
         config, parts = layer.lora_configs[name], cast(Mapping[str, torch.Tensor], held[n])
         if plain:
             config, parts = _plain(n, layer, config, parts)
-        file_layers[n] = FileLayer(layer.lora_kind, config, parts, others.get(n, ()))
-    tensors, entries = native.encode(AdapterFile(name, file_layers, fingerprint(layers), own))
+        file_layers[n] = AdapterLayer(layer.lora_kind, config, parts, others.get(n, ()))
+    tensors, entries = native.encode(Adapter(name, file_layers, fingerprint(layers), own))
     try:
         data = container.pack(tensors, entries)
     except container.NonFiniteError:
@@ -267,7 +266,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _read(path: str | os.PathLike[str]) -> AdapterFile:
+def _read(path: str | os.PathLike[str]) -> Adapter:
     tensors, metadata = container.read(path)
     where = os.fspath(path)
     if "lora_core" not in metadata:
@@ -285,7 +284,7 @@ def _read(path: str | os.PathLike[str]) -> AdapterFile:
 def _resolve(
     model: nn.Module,
     candidates: Sequence[Candidate],
-    file: AdapterFile,
+    file: Adapter,
     where: str,
     strict: bool,
 ) -> tuple[dict[str, Candidate], list[str]]:
@@ -328,7 +327,7 @@ def _resolve(
 
 
 def _compare_aliases(
-    model: nn.Module, file: AdapterFile, found: Mapping[str, Candidate], where: str, strict: bool
+    model: nn.Module, file: Adapter, found: Mapping[str, Candidate], where: str, strict: bool
 ) -> list[str]:
     """A shared module's adapter works under every name: where the model has two, half is lost."""
     apart = [
@@ -356,9 +355,7 @@ def _is_at(model: nn.Module, name: str, module: nn.Module | Slot) -> bool:
         return False
 
 
-def _compare(
-    file: AdapterFile, found: Mapping[str, Candidate], where: str, strict: bool
-) -> list[str]:
+def _compare(file: Adapter, found: Mapping[str, Candidate], where: str, strict: bool) -> list[str]:
     modules = {name: found[name].module if name in found else None for name in file.layers}
     try:
         other = differing(file.base, modules)
@@ -375,7 +372,7 @@ def _compare(
     return [said]
 
 
-def _misfit(name: str, candidate: Candidate, layer: FileLayer) -> str:
+def _misfit(name: str, candidate: Candidate, layer: AdapterLayer) -> str:
     """How a layer differs from the one that its adapter was made for; "" if it doesn't."""
     module = candidate.module
     mixin = mixin_for(module)
@@ -398,7 +395,7 @@ def _misfit(name: str, candidate: Candidate, layer: FileLayer) -> str:
     return f"{name} (file {part} {theirs[part]}, model {mine.get(part)})"
 
 
-def _graft(candidate: Candidate, layer: FileLayer) -> Graft:
+def _graft(candidate: Candidate, layer: AdapterLayer) -> Graft:
     weight: torch.Tensor = candidate.module.weight  # type: ignore[assignment]
     with torch.inference_mode(mode=False):
         parts = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_core._adapters import scales
 from lora_core._errors import LoRAError, listed
 from lora_core._files import load, save
-from lora_core._files.container import write
+from lora_core._formats.container import write
 from lora_core._injection import eject, inject
 from lora_core._merging import merge, unmerge
 from lora_core.demo.classifier import load_classifier

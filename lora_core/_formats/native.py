@@ -18,7 +18,7 @@ several. A key that this reader doesn't know is refused: it may change what the 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from lora_core._config import (
     check_name,
 )
 from lora_core._errors import ConfigError, CorruptFileError, listed
+from lora_core._formats.neutral import Adapter, AdapterLayer
 from lora_core._layers import non_finite
 
 _VERSION = 1
@@ -46,41 +47,7 @@ KINDS = ("linear", "conv", "embedding", "weight")
 RESERVED = ("format", "lora_core")
 
 
-@dataclass(frozen=True, slots=True)
-class FileLayer:
-    """One layer's adapter as a file holds it.
-
-    Attributes:
-        kind: What kind of layer it is for; one of `KINDS`.
-        config: Its settings.
-        parts: Its tensors.
-        aliases: Other dotted names of the same module.
-    """
-
-    kind: str
-    config: AdapterConfig
-    parts: Mapping[str, Tensor]
-    aliases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFile:
-    """An adapter outside any model: the neutral form between files and layers.
-
-    Attributes:
-        name: The name it was saved under.
-        layers: Factors by dotted module name.
-        base: Fingerprint of the weights that it was trained on.
-        metadata: The file's other entries, verbatim.
-    """
-
-    name: str
-    layers: Mapping[str, FileLayer]
-    base: Mapping[str, Any]
-    metadata: Mapping[str, str]
-
-
-def encode(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+def encode(file: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata that stand for an adapter."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
@@ -98,7 +65,7 @@ def encode(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {**file.metadata, "format": "pt", "lora_core": text}
 
 
-def _entry(layer: FileLayer) -> dict[str, Any]:
+def _entry(layer: AdapterLayer) -> dict[str, Any]:
     config = layer.config
     entry: dict[str, Any] = {"alpha": config.alpha, "kind": layer.kind, "rank": config.rank}
     entry |= {key: value for key in (*_DROPOUTS, *_FLAGS) if (value := getattr(config, key))}
@@ -111,7 +78,7 @@ def _entry(layer: FileLayer) -> dict[str, Any]:
 
 def decode(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], about: Any, where: str
-) -> AdapterFile:
+) -> Adapter:
     """The adapter that tensors and metadata stand for; `about` is the parsed JSON value.
 
     Raises:
@@ -146,10 +113,10 @@ def decode(
             f" {listed(surplus) or 'it has none'}. Save it again."
         )
     rest = {key: value for key, value in metadata.items() if key not in RESERVED}
-    return AdapterFile(name, layers, base, rest)
+    return Adapter(name, layers, base, rest)
 
 
-def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FileLayer:
+def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterLayer:
     _check_keys(repr(name), entry, _LAYER_KEYS)
     kind = entry["kind"]
     if kind not in KINDS:
@@ -197,7 +164,7 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise ValueError(
             f"the aliases of {listed([name])} are {aliases!a}; a list of names is needed"
         )
-    return FileLayer(kind, replace(config, dtype=lora_A.dtype), parts, tuple(aliases))
+    return AdapterLayer(kind, replace(config, dtype=lora_A.dtype), parts, tuple(aliases))
 
 
 def _check_keys(what: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:

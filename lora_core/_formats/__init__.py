@@ -1,0 +1,5 @@
+"""LoRA files of every kind, read into one neutral form and written from it."""
+
+from lora_core._formats.neutral import Adapter, AdapterLayer
+
+__all__ = ["Adapter", "AdapterLayer"]
