@@ -58,15 +58,20 @@ def encode(file: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[_key(name, part)] = tensor
         settings = (layer.kind, layer.config, layer.aliases)
         if settings not in alike:
-            alike[settings] = _entry(layer)
+            alike[settings] = _entry(name, layer)
         layers[name] = alike[settings]
     about = {"version": _VERSION, "adapter": file.name, "layers": layers, "base": file.base}
     text = json.dumps(about, separators=(",", ":"), sort_keys=True)
     return tensors, {**file.metadata, "format": "pt", "lora_core": text}
 
 
-def _entry(layer: AdapterLayer) -> dict[str, Any]:
+def _entry(name: str, layer: AdapterLayer) -> dict[str, Any]:
     config = layer.config
+    if config is None:
+        raise ConfigError(
+            f"Every layer must have factors to be saved, but {name!r} holds a {layer.kind}. Merge"
+            " it into the base instead."
+        )
     entry: dict[str, Any] = {"alpha": config.alpha, "kind": layer.kind, "rank": config.rank}
     entry |= {key: value for key in (*_DROPOUTS, *_FLAGS) if (value := getattr(config, key))}
     if config.subtracted:

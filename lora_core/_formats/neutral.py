@@ -16,15 +16,30 @@ class AdapterLayer:
     Attributes:
         kind: What kind of layer it is for: "linear", "conv", "embedding", or "weight" for a
             parameter that is read; "matrix" where factors of two dimensions are all that is known.
-        config: Its settings.
-        parts: Its tensors by what they are, ``lora_A`` and ``lora_B`` always.
+            "difference" where `parts` are added to the module's parameters of the same names, and
+            "values" where they replace them.
+        config: Its settings; None where there are no factors.
+        parts: Its tensors by what they are: ``lora_A`` and ``lora_B`` always, ``lora_mid``,
+            ``lora_magnitude`` (over outputs), ``lora_magnitude_in`` (over inputs) and
+            ``lora_bias`` where the file has them; of a difference or of values ``weight`` and
+            ``bias``, either or both.
         aliases: Other dotted names of the same module.
+        component: Which model of a pipeline the file says it is for, as "unet", "text_encoder",
+            "text_encoder_2", "transformer" or "prior"; "" where it does not say.
+        path: The module's name in that model, as the file spells it; "" where that is its key.
+        spelling: How `path` is spelled: "dotted", "stem" with underscores for the dots, or "index"
+            for the number that the module has among those that were adapted.
+        alpha_from: Where alpha is from, in words for a report.
     """
 
     kind: str
-    config: AdapterConfig
+    config: AdapterConfig | None
     parts: Mapping[str, Tensor]
     aliases: tuple[str, ...] = ()
+    component: str = ""
+    path: str = ""
+    spelling: str = "dotted"
+    alpha_from: str = "the file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +48,16 @@ class Adapter:
 
     Attributes:
         name: The name it was saved under.
-        layers: Its parts by dotted module name.
+        layers: Its parts by the file's own module names.
         base: Fingerprint of the weights that it was trained on, empty where a file has none.
         metadata: The file's other entries, verbatim.
+        format: What wrote it, as "kohya" or "peft".
+        notes: What a reader should know about it, one sentence each.
     """
 
     name: str
     layers: Mapping[str, AdapterLayer]
     base: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    format: str = "lora_core"
+    notes: tuple[str, ...] = ()
