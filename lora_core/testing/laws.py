@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
 import lora_core._adapters as adapters
@@ -113,8 +114,14 @@ def train_pretend(model: nn.Module, name: str) -> None:
 
 
 def _refuse_not_finite(model: nn.Module, outputs: list[Tensor]) -> None:
-    floating = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
-    bad = [n for n, p in floating if not bool(p.isfinite().all())]
+    # a quantised weight says that it is floating, and can't be looked into
+    bad = [
+        n
+        for n, p in model.named_parameters()
+        if p.is_floating_point()
+        and not is_traceable_wrapper_subclass(p)
+        and not bool(p.isfinite().all())
+    ]
     if bad:
         raise ConfigError(
             f"`model` must be finite for the laws to be checked, but {listed(bad)} holds NaN or"
