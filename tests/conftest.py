@@ -125,7 +125,7 @@ def portrait() -> Callable[[nn.Module], object]:
             adapters: tuple[object, ...] = (vars(module).get("lora_frozen"),)
             if isinstance(module, LoRAMixin):
                 names, strengths, gains, _ = module.lora_selection
-                floats = [gain.item() for gain in gains]
+                floats = [gain.value.item() for gain in gains]
                 adapters += (module.lora_configs, names, strengths, floats, module.lora_merged)
             seen.append((name, id(module), type(module), list(vars(module)), parameters, adapters))
             seen.append([(key, id(b)) for key, b in module._buffers.items()])

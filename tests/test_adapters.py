@@ -591,7 +591,7 @@ def test_an_adapter_replaced_under_its_name_inside_a_block_is_another():
         inject(model, rank=2, alpha=16, targets=nn.Linear)
     for factor in parameters(model):
         nn.init.normal_(factor)
-    assert float(model[0].lora_selection.gains[0]) == 8
+    assert float(model[0].lora_selection.gains[0].value) == 8
     apart = model(x)
     merge(model)
     assert_close(model(x), apart, rtol=1e-4, atol=1e-3)
@@ -603,7 +603,7 @@ def test_a_change_of_dtype_inside_a_block_widens_the_gains(block):
     scales(model, default=0.3)
     with block(model):
         model.double()
-    assert model[0].lora_selection.gains[0].dtype is torch.float64
+    assert model[0].lora_selection.gains[0].value.dtype is torch.float64
     apart = model(x)
     merge(model)
     assert_close(model(x), apart, rtol=1e-12, atol=1e-12)

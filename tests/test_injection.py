@@ -301,7 +301,8 @@ def test_a_taken_name_is_refused_and_the_trained_factors_stay(net, portrait):
     names = [f"blocks.0.attn.{n}" for n in PROJECTIONS]
     message = (
         f"`name` must be new to the model, but 'default' is on {', '.join(map(repr, names))}."
-        " Choose another name, or `eject(model, 'default')` first."
+        " Choose another name, or `eject(model, 'default')` first; `load` puts a file in its place"
+        " with replace=True."
     )
     for wishes in ({}, {"targets": "head"}):
         with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):

@@ -535,7 +535,7 @@ def test_from_meta_to_memory_keeps_the_right_gain():
     scales(layer, default=0.5)
     assert layer.lora_A_default.is_meta
     layer.to_empty(device="cpu")
-    assert [gain.item() for gain in layer.lora_selection.gains] == [1.25]
+    assert [gain.value.item() for gain in layer.lora_selection.gains] == [1.25]
     source = trained(LoRALinear(nn.Linear(4, 6), rank=2, alpha=5.0))
     scales(source, default=0.5)
     layer.load_state_dict(source.state_dict())

@@ -139,13 +139,20 @@ def test_blocks_nest_and_end_with_an_error():
     assert not torch.equal(model(x), first)
 
 
-@pytest.mark.parametrize("choose", [lambda m: scales(m, b=1.0), lambda m: disabled(m).__enter__()])
-def test_choosing_inside_is_refused(choose):
+@pytest.mark.parametrize(
+    ("what", "choose"),
+    [
+        ("scales", lambda m: scales(m, b=1.0)),
+        ("disabled", lambda m: disabled(m).__enter__()),
+        ("inject", lambda m: inject(m, 2, name="c", targets="0")),
+    ],
+)
+def test_choosing_inside_is_refused(what, choose):
     model, x = built("linear")
     y = model(x)
     with (
         pinned(model),
-        pytest.raises(ConfigError, match=r"^Strengths must be chosen outside `with pinned\(mod"),
+        pytest.raises(ConfigError, match=f"^`{what}` must be called outside `with pinned"),
     ):
         choose(model)
     assert torch.equal(model(x), y)
@@ -155,7 +162,7 @@ def test_a_pinned_adapter_that_was_taken_off_is_an_error():
     model, x = built("linear")
     with (
         pinned(model),
-        pytest.raises(AdapterError, match=r"^An adapter must be there while it is pinned, but 'a'"),
+        pytest.raises(AdapterError, match=r"^An adapter must stay while it is pinned, but 'a'"),
     ):
         eject(model, "a")
         model(x)

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_core._adapters import scopes
 from lora_core._adapters.listing import layers_with
-from lora_core._layers import PINS, Selection, selection_of
+from lora_core._layers import BARE, PINS, Pin, pin_of
 
 
 def pinned(model: nn.Module) -> _GeneratorContextManager[None]:
@@ -66,16 +66,21 @@ def checkpoint_context(model: nn.Module) -> Callable[[], Contexts]:
     return contexts
 
 
-def _now(model: nn.Module) -> dict[nn.Module, Selection]:
+def _now(model: nn.Module) -> dict[nn.Module, Pin]:
     layers = layers_with(model, None)
     with scopes.LOCK:
-        return {layer: selection_of(layer) for layer in layers.values()}
+        bare: dict[nn.Module, Pin] = dict.fromkeys(model.modules(), BARE)
+        now: dict[nn.Module, Pin] = {m: (m.lora_selection, m.lora_configs) for m in layers.values()}
+    known: dict[nn.Module, Pin] = {
+        m: pin for m in layers.values() if PINS.blocks and (pin := pin_of(m)) is not None
+    }
+    return {**bare, **now, **known}
 
 
 @contextmanager
-def _shown(selections: dict[nn.Module, Selection]) -> Iterator[None]:
+def _shown(pins: dict[nn.Module, Pin]) -> Iterator[None]:
     before = PINS.blocks
-    PINS.blocks = (*before, {**(before[-1] if before else {}), **selections})
+    PINS.blocks = (*before, {**(before[-1] if before else {}), **pins})
     try:
         yield
     finally:

@@ -117,12 +117,24 @@ def _restored(layer: LoRAMixin, found: _Found, now: Selection) -> Selection:
     new = {name: s for name, s in zip(*now[:2], strict=True) if name not in here}
     weight = layer.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
-    fit = all((gain.device, gain.dtype) == (weight.device, wide) for gain in gains)
+    fit = all((g.value.device, g.value.dtype) == (weight.device, wide) for g in gains)  # type: ignore[union-attr]
     whole = list(found.adapters) == list(layer.lora_configs) and len(here) == len(bank)
     if not new and fit and whole and here.issuperset(names):
         return found.selection
     old = {name: s for name, s in zip(names, strengths, strict=True) if name in here}
     return layer.lora_select({**old, **new})
+
+
+def pass_on(layer: LoRAMixin, name: str, old: AdapterConfig) -> None:
+    """Lets the scopes over a layer take an adapter for the one whose place it took."""
+    for scope in _scopes(layer):
+        found = scope._found[layer]
+        if found.adapters.get(name) is old:
+            adapters = {**found.adapters, name: layer.lora_configs[name]}
+            names, strengths, _, _ = found.selection
+            here = {n: s for n, s in zip(names, strengths, strict=True) if n in layer.lora_configs}
+            selection = layer.lora_select(here)
+            scope._found[layer] = found._replace(selection=selection, adapters=adapters)
 
 
 def _hide(layer: LoRAMixin) -> None:
@@ -162,7 +174,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             f"`disabled` must have the original weights, but {listed(gone)} was merged with"
             " reversible=False. Load the base model again."
         )
-    refuse_choice(layers.values())
+    refuse_choice("disabled", layers.values())
     scope = Scope(layers.values(), entered=True, hides=True)
     try:
         with LOCK:

@@ -143,7 +143,7 @@ def scales(
             f"Strengths must be chosen while unmerged, but {listed(merged)} is merged."
             " Call `unmerge(model)` first, then `scales`, then `merge`."
         )
-    refuse_choice(layers.values())
+    refuse_choice("scales", layers.values())
     return Scales(layers, checked)
 
 

@@ -41,6 +41,12 @@ class AdapterLayer:
     spelling: str = "dotted"
     alpha_from: str = "the file"
 
+    @property
+    def settings(self) -> AdapterConfig:
+        """The settings of its factors, of a layer that has some."""
+        assert self.config is not None
+        return self.config
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:

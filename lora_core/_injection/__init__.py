@@ -1,7 +1,7 @@
 """Choose, then act: `plan` says what `inject` would do, and `eject` takes it back."""
 
 from lora_core._injection.planning import plan
-from lora_core._injection.surgery import Graft, eject, graft, inject
+from lora_core._injection.surgery import Graft, eject, graft, inject, regraft
 from lora_core._injection.targets import DIALECTS, Candidate, modules_of, walk
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "inject",
     "modules_of",
     "plan",
+    "regraft",
     "walk",
 ]

@@ -159,9 +159,13 @@ def describe(
     *,
     freeze: bool,
     notes: tuple[str, ...] = (),
+    replaced: bool = False,
 ) -> Report:
-    """The report for these layers of all; raises if the name is taken, or one is merged."""
-    check_room(candidates, name, chosen)
+    """The report for these layers of all; raises if the name is taken, or one is merged.
+
+    Where an adapter is to be `replaced`, the name must be taken.
+    """
+    check_room(candidates, name, chosen, replaced=replaced)
     layers = tuple(
         LayerReport(
             c.name,
@@ -182,29 +186,51 @@ def describe(
     return Report(name, layers, left_out, training + added - still, count(before) + added, notes)
 
 
-def check_room(candidates: Sequence[Candidate], name: str, chosen: Sequence[Candidate]) -> None:
-    """Refuses a taken name anywhere in the model, and merged layers."""
-    taken = [c.name for c in candidates if name in vars(c.module).get("lora_configs", ())]
-    if taken:
+def check_room(
+    candidates: Sequence[Candidate],
+    name: str,
+    chosen: Sequence[Candidate],
+    *,
+    replaced: bool = False,
+) -> None:
+    """Refuses a taken name anywhere in the model, or one to be replaced nowhere; merged layers."""
+    holders = [c for c in candidates if name in _adapters(c)]
+    if holders and not replaced:
         raise AdapterError(
-            f"`name` must be new to the model, but {name!r} is on {listed(taken)}."
-            f" Choose another name, or `eject(model, {name!r})` first."
+            f"`name` must be new to the model, but {name!r} is on"
+            f" {listed([c.name for c in holders])}. Choose another name, or"
+            f" `eject(model, {name!r})` first; `load` puts a file in its place with replace=True."
         )
-    merged = [c.name for c in chosen if getattr(c.module, "lora_merged", None) is not None]
+    if replaced and not holders:
+        known = dict.fromkeys(adapter for c in candidates for adapter in _adapters(c))
+        raise AdapterError(
+            f"`name` must be an adapter of the model to be replaced, but is {name!r}; it has"
+            f" {listed(known) or 'none'}. Load without replace=True to add one."
+        )
+    places = {id(c): c for c in (*chosen, *holders)}
+    merged = [c.name for c in places.values() if getattr(c.module, "lora_merged", None) is not None]
     if merged:
         raise MergeError(
             f"A layer must be unmerged to take an adapter, but {listed(merged)} is merged."
             " Call `unmerge(model)` first."
         )
-    _refuse_overlap(candidates, chosen)
+    staying = {id(c) for c in chosen} | {id(c) for c in candidates if set(_adapters(c)) - {name}}
+    _refuse_overlap([c for c in candidates if id(c) in staying], chosen)
+    fresh = [c for c in chosen if name not in _adapters(c)]
     for new in sorted(factor_names([name])):
-        clash = [c.name for c in chosen if hasattr(c.module, new)]
+        clash = [c.name for c in fresh if hasattr(c.module, new)]
         if not clash:
             continue
         raise AdapterError(
             f"`name` must be new to every layer, but {listed(clash)} has an attribute"
             f" {new!r} of its own. Choose another name."
         )
+
+
+def _adapters(candidate: Candidate) -> Mapping[str, AdapterConfig]:
+    """The adapters that are there."""
+    found: Mapping[str, AdapterConfig] = vars(candidate.module).get("lora_configs", {})
+    return found
 
 
 def _refuse_overlap(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> None:

@@ -1,14 +1,15 @@
 """The acting half of injection: one transaction that attaches, and its inverse."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_core._adapters import layers_with
+from lora_core._adapters import layers_with, scopes
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
 from lora_core._injection.guarding import is_guarded, settle
@@ -24,8 +25,10 @@ from lora_core._layers import (
     adapted_class,
     attach,
     detach,
+    exchange,
     factor_names,
     fresh_parts,
+    refuse_choice,
 )
 from lora_core._reports import EjectReport, Report, count
 
@@ -109,6 +112,7 @@ def inject(
         name=name,
         freeze=freeze,
     )
+    refuse_choice("inject", modules)
     covariances = sampled(model, report, chosen, samples)
     seed = int(torch.randint(2**31, (), device="cpu").item())
     generator = torch.Generator("cpu")
@@ -143,16 +147,60 @@ def graft(
         others: Whether that includes the factors of other adapters.
     """
     with_parameters = [m for m in modules if m._parameters]
-    before = [_snapshot(m) for m in with_parameters]
-    try:
+    with _all_or_nothing(modules[0], with_parameters):
         for module in with_parameters if freeze else ():
             _freeze(module, name, others=others)
         for g in grafts:
             attach(g.module, name, g.config, g.parts, strength)
-        settle(modules[0])
+
+
+def regraft(
+    modules: Sequence[nn.Module], name: str, grafts: Sequence[Graft], strength: float | None
+) -> None:
+    """Puts another adapter in the place of one, entirely or not at all.
+
+    Layers that only the old one had lose it, and those that only the new one has get it. What
+    trains stays as it is, of the host and of other adapters too.
+
+    Args:
+        modules: Every module of the model, its root first.
+        name: The adapter's name, which is on the model.
+        grafts: What it is to be, layer by layer.
+        strength: Its strength; None for the one that it has.
+    """
+    holders = [m for m in modules if isinstance(m, LoRAMixin) and name in m.lora_configs]
+    old = {m: m.lora_configs[name] for m in holders}
+    new = {id(g.module) for g in grafts}
+    usual = holders[0].lora_strengths().get(name)
+    training = any(p.requires_grad for m in holders for p in m.lora_parts(name).values())
+    # for the whole: a choice, or a pin, comes before or after
+    with scopes.LOCK, _all_or_nothing(modules[0], [m for m in modules if m._parameters]):
+        for g in grafts:
+            layer = g.module
+            if not isinstance(layer, LoRAMixin) or name not in layer.lora_configs:
+                for p in g.parts.values():
+                    p.requires_grad_(training and p.requires_grad)
+                attach(layer, name, g.config, g.parts, usual if strength is None else strength)
+                continue
+            exchange(layer, name, g.config, g.parts)
+            if strength is not None:
+                layer.lora_selection = layer.lora_select({**layer.lora_strengths(), name: strength})
+        for layer in [m for m in holders if id(m) not in new]:
+            detach(layer, name)
+        for layer in [m for m in holders if id(m) in new]:
+            scopes.pass_on(layer, name, old[layer])
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[None]:
+    """Restores these modules where what follows raises, and settles the guards of the model."""
+    before = [_snapshot(m) for m in changed]
+    try:
+        yield
+        settle(model)
     except BaseException:
         _restore(before)
-        settle(modules[0])
+        settle(model)
         raise
 
 
@@ -230,17 +278,11 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     )
     ours = (LoRAMixin, WeightReader)
     changed = [m for m in modules if FROZEN in vars(m) or isinstance(m, ours)]
-    before = [_snapshot(m) for m in changed]
-    try:
+    with _all_or_nothing(model, changed):
         for layer in layers.values():
             for adapter in [n for n in names if n in layer.lora_configs]:
                 detach(layer, adapter)
         restored = sum(_thaw(m, names) for m in changed)
-        settle(model)
-    except BaseException:
-        _restore(before)
-        settle(model)
-        raise
     return EjectReport(tuple(names), tuple(layers), gone, restored)
 
 

@@ -4,16 +4,18 @@ from lora_core._layers.attaching import (
     attach,
     call_me,
     detach,
+    exchange,
     factor_names,
     fresh_parts,
     layer_config,
     mixin_for,
     non_finite,
     part_shapes,
+    reserved,
     sizes,
     why_not,
 )
-from lora_core._layers.calling import PINS, refuse_choice, selection_of
+from lora_core._layers.calling import BARE, PINS, Pin, pin_of, refuse_choice
 from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explaining import explain
@@ -31,6 +33,7 @@ from lora_core._layers.weights import (
 )
 
 __all__ = [
+    "BARE",
     "CHILD",
     "FROZEN",
     "KINDS",
@@ -44,6 +47,7 @@ __all__ = [
     "LoRAMixin",
     "LoRAWeight",
     "Merged",
+    "Pin",
     "Selection",
     "Slot",
     "Strength",
@@ -52,6 +56,7 @@ __all__ = [
     "attach",
     "call_me",
     "detach",
+    "exchange",
     "explain",
     "factor_names",
     "fresh_parts",
@@ -60,9 +65,10 @@ __all__ = [
     "mixin_for",
     "non_finite",
     "part_shapes",
+    "pin_of",
     "refuse_choice",
     "refuse_merged",
-    "selection_of",
+    "reserved",
     "sizes",
     "slots",
     "swap",

@@ -276,9 +276,9 @@ def attach(
     name: str,
     config: AdapterConfig,
     parts: Mapping[str, nn.Parameter],
-    strength: Strength = 1.0,
+    strength: Strength | None = 1.0,
 ) -> None:
-    """Puts one adapter on a layer, in place, and makes it active beside those that are."""
+    """Puts one adapter on a layer, in place; active beside those that are, but for None."""
     if isinstance(module, Slot):
         layer: LoRAMixin = module.occupy()
     else:
@@ -292,9 +292,43 @@ def attach(
     for part in config.parts:
         layer.register_parameter(f"{part}_{name}", parts[part])
     configs = {**layer.lora_configs, name: config}
-    chosen = {**layer.lora_strengths(), name: strength}
+    chosen = layer.lora_strengths() | ({} if strength is None else {name: strength})
     # at once: another thread sees the layer before or after
     own.update(lora_configs=configs, lora_selection=layer.lora_select(chosen, configs))
+
+
+def exchange(
+    layer: LoRAMixin, name: str, config: AdapterConfig, parts: Mapping[str, nn.Parameter]
+) -> None:
+    """Puts another adapter in the place of one on a layer, which keeps its strength; in place.
+
+    What of it trains stays, part by part; a part that the old one had not trains if any of it did.
+    """
+    old, held = layer.lora_parts(name), dict(layer._parameters)
+    training = any(p.requires_grad for p in old.values())
+    for part in old.keys() - parts.keys():
+        del held[f"{part}_{name}"]
+    for part, p in parts.items():
+        known = old[part].requires_grad if part in old else training
+        p.requires_grad_(known and not part.endswith("0"))
+        held[f"{part}_{name}"] = p
+    configs = {**layer.lora_configs, name: config}
+    selection = layer.lora_select(layer.lora_strengths(), configs)
+    # at once: another thread sees the layer before or after
+    vars(layer).update(_parameters=held, lora_configs=configs, lora_selection=selection)
+
+
+def reserved(
+    module: nn.Module | Slot, config: AdapterConfig, parts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter with zeros for the ranks that its settings reserve."""
+    mixin, wide = _mixin(module), dict(parts)
+    for part in parts if config.room > config.rank else ():
+        for dim in mixin.lora_ranks_of(part):
+            shape = list(wide[part].shape)
+            shape[dim] = config.room - config.rank
+            wide[part] = torch.cat([wide[part], wide[part].new_zeros(shape)], dim)
+    return wide
 
 
 def detach(module: LoRAMixin, name: str) -> None:

@@ -8,33 +8,63 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from lora_core._errors import ConfigError, UnsupportedLayerError
-from lora_core._layers.state import Selection
+from lora_core._config import AdapterConfig
+from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
+from lora_core._layers.state import NOTHING, Selection
 
 _LARGEST = 2**31  # a size of a dimension stays below
 
 
-class _Pins(threading.local):
-    """What the running thread has pinned, the innermost block last."""
+Pin = tuple[Selection, Mapping[str, AdapterConfig]]  # what a layer had active, and its settings
+BARE: Pin = (NOTHING, {})  # of a module without adapters
 
-    blocks: tuple[Mapping[nn.Module, Selection], ...] = ()
+
+class _Pins(threading.local):
+    """What the running thread has pinned of every module, the innermost block last."""
+
+    blocks: tuple[Mapping[nn.Module, Pin], ...] = ()
 
 
 PINS = _Pins()
 
 
 def selection_of(layer: nn.Module) -> Selection:
-    """The active adapters of a layer, as the running thread sees them."""
+    """The active adapters of a layer, as the running thread sees them.
+
+    Raises:
+        AdapterError: If one that is pinned was taken off, or replaced.
+    """
     chosen: Selection = layer.lora_selection  # type: ignore[assignment]
-    return PINS.blocks[-1].get(layer, chosen) if PINS.blocks else chosen
+    if not PINS.blocks:
+        return chosen
+    pin = pin_of(layer)
+    if pin is None:
+        return chosen
+    (names, *_), configs = pin
+    here: Mapping[str, AdapterConfig] = layer.lora_configs  # type: ignore[assignment]
+    gone = [name for name in names if here.get(name) is not configs[name]]
+    if gone:
+        raise AdapterError(
+            f"An adapter must stay while it is pinned, but {listed(gone)} was taken off or"
+            " replaced. Eject or replace it after `with pinned(model)`."
+        )
+    return pin[0]
 
 
-def refuse_choice(layers: Iterable[nn.Module]) -> None:
-    """Raises where the running thread would not see what it chooses."""
-    if PINS.blocks and any(layer in PINS.blocks[-1] for layer in layers):
+def pin_of(layer: nn.Module) -> Pin | None:
+    """What the running thread pinned of a layer; None where it pinned nothing."""
+    pins = PINS.blocks[-1]
+    # a parameter that was adapted since then was a bare one of its owner
+    owned = vars(layer).get("lora_owner", ())
+    return pins.get(layer) or next((BARE for owner in owned if owner in pins), None)
+
+
+def refuse_choice(what: str, modules: Iterable[nn.Module]) -> None:
+    """Raises where the running thread would not see what the function called `what` does."""
+    if PINS.blocks and any(module in PINS.blocks[-1] for module in modules):
         raise ConfigError(
-            "Strengths must be chosen outside `with pinned(model)`, but are inside, where this"
-            " thread would not see them. Choose first, then pin."
+            f"`{what}` must be called outside `with pinned(model)`, but is inside, where this"
+            " thread would not see what it does. Call it first, then pin."
         )
 
 

@@ -6,7 +6,6 @@ attributes and identity survive.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -16,7 +15,6 @@ from torch.fx import Proxy
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import (
-    AdapterError,
     ConfigError,
     MergeError,
     UnsupportedLayerError,
@@ -24,7 +22,7 @@ from lora_core._errors import (
 )
 from lora_core._layers.calling import checked, recorded, refuse_pins, selection_of
 from lora_core._layers.norms import length_of, norm_of
-from lora_core._layers.state import Active, Selection, Strength, Update
+from lora_core._layers.state import Active, Gain, Selection, Strength, Update
 
 _MARK = "lora_merged"  # key beside a merged weight in a state dict
 Shape = tuple[int, ...]
@@ -182,15 +180,20 @@ class LoRAMixin(nn.Module):
         config, parts = self.lora_configs[name], self.lora_parts(name)
         if config.room == config.rank:
             return dict(parts)
-        down, up = self.lora_rank_dims
-        dims = {"lora_A": (down,), "lora_B": (up,), "lora_mid": (0, 1)}
         cut: dict[str, Tensor] = {}
         for part, p in parts.items():
             values = p.detach()
-            for dim in dims.get(part.removesuffix("0"), ()):
+            for dim in self.lora_ranks_of(part):
                 values = values.narrow(dim, 0, config.rank)
             cut[part] = values
         return cut
+
+    @classmethod
+    def lora_ranks_of(cls, part: str) -> tuple[int, ...]:
+        """The dimensions of a part that count its ranks."""
+        down, up = cls.lora_rank_dims
+        dims = {"lora_A": (down,), "lora_B": (up,), "lora_mid": (0, 1)}
+        return dims.get(part.removesuffix("0"), ())
 
     def lora_active(self, x: Tensor | None = None) -> Active:
         """What a forward of `x` adds: stacked where dropout allows, so one pair of products.
@@ -216,56 +219,50 @@ class LoRAMixin(nn.Module):
         while True:
             configs, seen = self.lora_configs, selection_of(self)
             try:
-                scales = self._lora_scales(seen)
-                found = self._lora_collect(seen.names, scales, x, training=self.training)
+                gains = self._lora_gains(seen)
+                found = self._lora_collect(seen.names, gains, x, training=self.training)
             except (AttributeError, KeyError):  # of an adapter that another thread took off
-                if self.lora_selection is seen:
+                if self.lora_configs is configs:
                     raise
-                gone = [name for name in seen.names if name not in self.lora_configs]
-                if gone and selection_of(self) is seen:
-                    raise AdapterError(
-                        f"An adapter must be there while it is pinned, but {listed(gone)} was"
-                        " taken off. Eject or replace it after `with pinned(model)`."
-                    ) from None
                 continue
             if self.lora_configs is configs:  # all of one adapter, though a name be taken again
                 return found
 
-    def _lora_scales(self, seen: Selection) -> Sequence[Tensor | float]:
+    def _lora_gains(self, seen: Selection) -> Sequence[Gain]:
         """What each active adapter is multiplied by; numbers where all are one number."""
         names, strengths, gains, _ = seen
         if any(isinstance(s, tuple) for s in strengths):
             return gains
         numbers = [
-            s * self.lora_configs[name].scale  # type: ignore[operator]
+            Gain(s * self.lora_configs[name].scale, s)  # type: ignore[operator, arg-type]
             for name, s in zip(names, strengths, strict=True)
         ]
-        return numbers if len(set(numbers)) == 1 else gains
+        return numbers if len({value for value, _ in numbers}) == 1 else gains
 
     def _lora_collect(
         self,
         names: Sequence[str],
-        scales: Sequence[Tensor | float],
+        gains: Sequence[Gain],
         x: Tensor | None,
         *,
         training: bool,
     ) -> Active:
         if len(names) == 1:
-            config, scale = self.lora_configs[names[0]], scales[0]
-            if config.plain and (not isinstance(scale, Tensor) or scale.ndim == 0):
+            config, value = self.lora_configs[names[0]], gains[0].value
+            if config.plain and not _is_per_sample(value):
                 dropout = config.dropout if training else 0.0
-                return Active([Update(*self.lora_factors(names[0]), scale, dropout)])
+                return Active([Update(*self.lora_factors(names[0]), value, dropout)])
         groups: dict[float, list[tuple[Tensor, Tensor, Tensor | float]]] = {}
         stretch = bias = None
-        for name, scale in zip(names, scales, strict=True):
+        for name, (value, strength) in zip(names, gains, strict=True):
             config = self.lora_configs[name]
-            gain = self._lora_per_sample(scale, x)
+            gain = self._lora_per_sample(value, x)
             lora_A, lora_B = self._lora_low_rank(name, config)
             if config.bias:
-                own = self._lora_bias_term(name, config, gain)
+                own = self._lora_bias_term(name, self._lora_per_sample(strength, x))
                 bias = own if bias is None else bias + own
             if config.dora:
-                ratio = self._lora_ratio(name, config, gain, lora_A, lora_B)
+                ratio = self._lora_ratio(name, Gain(gain, strength), lora_A, lora_B)
                 lora_B = lora_B * ratio.view(-1, *[1] * (lora_B.ndim - 1)).to(lora_B.dtype)
                 stretch = ratio - 1 if stretch is None else stretch + (ratio - 1)
             if training:
@@ -295,8 +292,9 @@ class LoRAMixin(nn.Module):
         """`functional.subtracted` for factors of this kind."""
         return functional.subtracted(lora_A, lora_B, *first)
 
-    def _lora_per_sample(self, gain: Tensor | float, x: Tensor | None) -> Tensor | float:
+    def _lora_per_sample(self, gain: Tensor | float | None, x: Tensor | None) -> Tensor | float:
         """A gain per sample for the batch of `x`, which guidance may have doubled."""
+        assert gain is not None
         if not isinstance(gain, Tensor) or gain.ndim == 0 or x is None:
             return gain
         batch, given = self.lora_samples(x), gain.shape[0]
@@ -310,30 +308,29 @@ class LoRAMixin(nn.Module):
             " samples (or half as many, under guidance's doubled batch)."
         )
 
-    def _lora_bias_term(self, name: str, config: AdapterConfig, gain: Tensor | float) -> Tensor:
-        strength = gain / config.scale
+    def _lora_bias_term(self, name: str, strength: Tensor | float) -> Tensor:
         values: Tensor = getattr(self, f"lora_bias_{name}")
         return values * (strength[:, None] if _is_per_sample(strength) else strength)  # type: ignore[index]
 
     def _lora_ratio(
         self,
         name: str,
-        config: AdapterConfig,
-        gain: Tensor | float,
+        gain: Gain,
         lora_A: Tensor,
         lora_B: Tensor,
     ) -> Tensor:
-        if _is_per_sample(gain):
+        if _is_per_sample(gain.value):
             raise ConfigError(
                 f"A DoRA adapter must have one strength for all samples, but {name!r} has one for"
                 " each: the lengths of a weight's rows belong to no sample. Use `scales` with a"
                 " number."
             )
         matrix = self.lora_matrix(self.weight)
-        norm = norm_of(self, name, matrix, lora_A.flatten(1), lora_B.flatten(1), gain)
+        norm = norm_of(self, name, matrix, lora_A.flatten(1), lora_B.flatten(1), gain.value)
         magnitude: Tensor = getattr(self, f"lora_magnitude_{name}")
+        strength = cast(Tensor | float, gain.strength)
         return functional.dora_ratio(
-            magnitude.to(norm.dtype), length_of(self, matrix), norm, gain / config.scale
+            magnitude.to(norm.dtype), length_of(self, matrix), norm, strength
         )
 
     def _lora_dropped(
@@ -441,17 +438,30 @@ class LoRAMixin(nn.Module):
         configs = self.lora_configs if configs is None else configs
         mine = {name: s for name, s in strengths.items() if name in configs}
         gains = {name: self._lora_gain(name, configs[name], s) for name, s in mine.items()}
-        none = _zero(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32))
-        bank = tuple(gains.get(name, none) for name in configs)
+        bank = tuple(
+            gains[n] if n in gains else self._lora_nothing(n, c) for n, c in configs.items()
+        )
         return Selection(tuple(mine), tuple(mine.values()), tuple(gains.values()), bank)
 
-    def _lora_gain(self, name: str, config: AdapterConfig, strength: Strength) -> Tensor:
+    def _lora_nothing(self, name: str, config: AdapterConfig) -> Gain:
+        """The gain of an inactive adapter.
+
+        One of its own on every layer: a compiled graph guards on which tensors are the same, so
+        one that all shared would make it compile again when the choice changes.
+        """
+        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
+        names, _, _, bank = self.lora_selection
+        for known, gain in zip(self.lora_configs, bank, strict=True) if name not in names else ():
+            if known == name and _fits(gain, config, device, dtype):
+                return gain
+        return _gain(0.0, config, device, dtype)
+
+    def _lora_gain(self, name: str, config: AdapterConfig, strength: Strength) -> Gain:
         weight = self.weight
         device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         for known, s, gain in zip(*self.lora_selection[:3], strict=True):
-            if (known, s, gain.device, gain.dtype) == (name, strength, device, dtype) and (
-                self.lora_configs[name].scale == config.scale
-            ):
+            same = (known, s) == (name, strength) and _fits(gain, config, device, dtype)
+            if same and self.lora_configs[name].scale == config.scale:
                 return gain
         scale, limit = config.scale, torch.finfo(dtype).max
         values = strength if isinstance(strength, tuple) else (strength,)
@@ -461,11 +471,7 @@ class LoRAMixin(nn.Module):
                 f"`strength * scale` must be at most {limit:.3g}, but is {value:.3g} for"
                 f" {name!r}. Choose smaller values."
             )
-        # a selection made in inference mode must be usable in training
-        with torch.inference_mode(mode=False):
-            if isinstance(strength, tuple):
-                return torch.tensor([s * scale for s in strength], dtype=dtype, device=device)
-            return torch.tensor(strength * scale, dtype=dtype, device=device)
+        return _gain(strength, config, device, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         hollow = [name for name in self.lora_configs if self.lora_factors(name)[0].is_meta]
@@ -610,11 +616,25 @@ def _blank(host: type[nn.Module]) -> LoRAMixin:
     return cls.__new__(cls)
 
 
+def _gain(
+    strength: Strength, config: AdapterConfig, device: torch.device, dtype: torch.dtype
+) -> Gain:
+    scale = config.scale
+    product = [s * scale for s in strength] if isinstance(strength, tuple) else strength * scale
+    # a selection made in inference mode must be usable in training
+    with torch.inference_mode(mode=False):
+        value = torch.tensor(product, dtype=dtype, device=device)
+        alone = None if config.plain_sum else torch.tensor(strength, dtype=dtype, device=device)
+    return Gain(value, alone)
+
+
+def _fits(gain: Gain, config: AdapterConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a gain that was made earlier will do for an adapter of these settings."""
+    value = cast(Tensor, gain.value)
+    return (value.device, value.dtype) == (device, dtype) and (
+        (gain.strength is None) == config.plain_sum
+    )
+
+
 def _is_per_sample(gain: Tensor | float) -> bool:
     return isinstance(gain, Tensor) and gain.ndim == 1
-
-
-@lru_cache
-def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(mode=False):
-        return torch.zeros((), dtype=dtype, device=device)

@@ -10,21 +10,33 @@ FROZEN = "lora_frozen"
 Strength = float | tuple[float, ...]  # one for all samples, or one for each
 
 
+class Gain(NamedTuple):
+    """What one active adapter is multiplied by.
+
+    Attributes:
+        value: ``strength * scale``: a number, () or (batch,).
+        strength: The strength alone, likewise, where a bias or magnitudes need it; else None.
+    """
+
+    value: Tensor | float
+    strength: Tensor | float | None = None
+
+
 class Selection(NamedTuple):
     """The active adapters of one layer; replaced whole, so that a forward sees one or another.
 
     Attributes:
         names: The active adapters, in the order in which they were chosen.
         strengths: What the user multiplies each by: a number, or one for each sample.
-        gains: ``strength * scale`` as tensors, () or (batch,): a new value recompiles nothing.
+        gains: The same times the scales, as tensors: a new value recompiles nothing.
         bank: The gains of all adapters on the layer, zero where one is inactive: what a compiled
             graph reads, so that another choice recompiles nothing either.
     """
 
     names: tuple[str, ...]
     strengths: tuple[Strength, ...]
-    gains: tuple[Tensor, ...]
-    bank: tuple[Tensor, ...]
+    gains: tuple[Gain, ...]
+    bank: tuple[Gain, ...]
 
 
 NOTHING = Selection((), (), (), ())  # of a layer without adapters
