@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
 from lora_core._injection.targets.attention import attention_projections
 from lora_core._injection.targets.patterns import Pattern, Patterns, as_patterns, matches, shown
-from lora_core._injection.targets.walking import Candidate
+from lora_core._injection.targets.walking import Candidate, unregistered
 
 
 def choose(
@@ -18,13 +18,13 @@ def choose(
         TargetError: If a pattern matches nothing, or nothing is left.
         UnsupportedLayerError: If a pattern asks for a layer that can't be adapted.
     """
-    adaptable = [c for c in candidates if c.adaptable]
+    adaptable, unseen = [c for c in candidates if c.adaptable], unregistered(candidates)
     if targets is None:
         projections = attention_projections(candidates)
         chosen = {c.name for c in adaptable if c.name in projections and not c.problem}
         reason = "no attention projection"
         if not chosen:
-            raise _no_attention(adaptable)
+            raise _no_attention(adaptable, unseen)
         asked: set[str] = set()
     else:
         patterns = as_patterns("targets", targets)
@@ -33,17 +33,13 @@ def choose(
                 "`targets` must hold a pattern, but is empty."
                 " Leave it out (None) to adapt the attention projections."
             )
-        asked = _targeted(patterns, candidates, adaptable)
+        asked = _targeted(patterns, candidates, adaptable, unseen)
         chosen, reason = asked, "not matched by `targets`"
     excluded = _excluded(exclude, [c for c in adaptable if c.name in chosen])
     chosen = chosen - excluded.keys()
     hazards = [c for c in adaptable if c.name in chosen and c.problem]
     if hazards:
-        raise UnsupportedLayerError(
-            f"Every layer that `targets` names must be adaptable, but {hazards[0].name!r}"
-            f" ({type(hazards[0].owners[0]).__name__}) {hazards[0].problem}"
-            + (f" So are {len(hazards) - 1} more." if len(hazards) > 1 else "")
-        )
+        raise _unadaptable(hazards)
     if not chosen:
         raise TargetError(f"`exclude` must leave a layer, but takes away all {len(excluded)}.")
     left_out = {
@@ -51,15 +47,30 @@ def choose(
         for c in adaptable
         if c.name not in chosen and not c.raw
     }
+    left_out |= {c.name: c.problem for c in unseen}
     return [c for c in adaptable if c.name in chosen], left_out
 
 
+def _unadaptable(hazards: Sequence[Candidate]) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        f"Every layer that `targets` names must be adaptable, but {hazards[0].name!r}"
+        f" ({type(hazards[0].owners[0]).__name__}) {hazards[0].problem}"
+        + (f" So are {len(hazards) - 1} more." if len(hazards) > 1 else "")
+    )
+
+
 def _targeted(
-    patterns: list[Pattern], candidates: Sequence[Candidate], adaptable: Sequence[Candidate]
+    patterns: list[Pattern],
+    candidates: Sequence[Candidate],
+    adaptable: Sequence[Candidate],
+    unseen: Sequence[Candidate],
 ) -> set[str]:
     asked: set[str] = set()
     for pattern in patterns:
         hits = [c for c in adaptable if matches(pattern, c)]
+        hidden = [] if hits else [c for c in unseen if matches(pattern, c)]
+        if hidden:
+            raise _unadaptable(hidden)
         others = [] if hits else [c for c in candidates if not c.adaptable and matches(pattern, c)]
         if others:
             first = others[0]
@@ -108,11 +119,12 @@ def _no_match(what: str, pattern: Pattern, among: Sequence[Candidate], kind: str
     )
 
 
-def _no_attention(adaptable: Sequence[Candidate]) -> TargetError:
+def _no_attention(adaptable: Sequence[Candidate], unseen: Sequence[Candidate]) -> TargetError:
     layers = [c for c in adaptable if not c.raw]
     tails = sorted({c.name.rpartition(".")[2] for c in layers} - {""})
     repair = f" Name layers with `targets=`: {listed(tails)}." if tails else ""
+    more = f" Also {unseen[0].name!r} {unseen[0].problem}" if unseen else ""
     return TargetError(
         "The model must have attention projections that `inject` knows by name and place, but"
-        f" none of its {len(layers)} adaptable layers is one.{repair}"
+        f" none of its {len(layers)} adaptable layers is one.{repair}{more}"
     )

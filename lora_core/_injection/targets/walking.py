@@ -1,7 +1,7 @@
 """Every place in a model that could carry an adapter, with all the names that it has."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +12,9 @@ from lora_core._injection.targets.dialects import LAST_NAMES
 from lora_core._layers import CHILD, PROJECTIONS, LoRAWeight, Slot, mixin_for, slots, why_not
 
 _MOST_NAMES = 16  # names of one module that are told apart
+_MOST_HELD = 4096  # a longer list or dict is one of data
+_DEEPEST = 3  # lists of dicts of lists
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,40 @@ def walk(model: nn.Module) -> list[Candidate]:
                 raw = _is_raw(module, slot.label)
                 found.append(Candidate(labelled, slot, True, why_not(slot), (module,), raw))
     return found
+
+
+def unregistered(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The layers of adaptable kinds that a plain list or dict keeps from torch's own walk."""
+    held = [(c.name, c.module) for c in candidates if isinstance(c.module, nn.Module)]
+    (_, root), seen = held[0], {module for _, module in held}
+    found = []
+    for name, holder in held:  # which grows
+        values = [(key, v) for key, v in vars(holder).items() if key not in _TORCHS_OWN]
+        for tail, module, kind in (it for key, v in values for it in _modules_in(v, key, _DEEPEST)):
+            if root in module.modules():  # a part that knows its whole
+                continue
+            problem = (
+                f"is held in a plain {kind}, where torch does not see it: neither `parameters`, nor"
+                " `.to`, nor `state_dict`. Use nn.ModuleList or nn.ModuleDict."
+            )
+            for inner, m in module.named_modules(prefix=f"{name}.{tail}".lstrip(".")):
+                if m not in seen:
+                    seen.add(m)
+                    held.append((inner, m))
+                    if mixin_for(m) is not None:
+                        found.append(Candidate((clean(inner),), m, True, problem, (m,)))
+    return found
+
+
+def _modules_in(value: object, name: str, depth: int) -> Iterator[tuple[str, nn.Module, str]]:
+    """The modules that stand in lists and dicts of an attribute, their names, and in what."""
+    if not depth or not isinstance(value, list | tuple | dict) or len(value) > _MOST_HELD:
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, nn.Module):
+            yield f"{name}.{key}", item, "dict" if isinstance(value, dict) else "list"
+        else:
+            yield from _modules_in(item, f"{name}.{key}", depth - 1)
 
 
 def modules_of(candidates: Iterable[Candidate]) -> list[nn.Module]:
