@@ -35,6 +35,10 @@ class CorruptFileError(LoRAError, ValueError):
     """A file is not what its reader expects: damaged, hostile, or of another kind."""
 
 
+class UnsupportedFileError(CorruptFileError):
+    """A file is sound, but holds something that is no LoRA, or that this library does not read."""
+
+
 def listed(names: Iterable[object], limit: int = 5) -> str:
     """Joins `names` for a message, cut at `limit` with the count of the rest.
 

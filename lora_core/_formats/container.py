@@ -22,10 +22,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora_core._errors import ConfigError, CorruptFileError, listed
+from lora_core._errors import ConfigError, CorruptFileError, UnsupportedFileError, listed
+from lora_core._formats.sniffing import content, looks_like
 
 _MAX_HEADER = 8 * 2**20  # bytes
 _MAX_TENSORS = 65_536
+_PADDING = 64  # bytes of spaces before a header's brace that are passed over
 # in the order in which safetensors lays them out: the widest first, so that all are aligned
 _KINDS = {
     torch.float64: "F64",
@@ -34,15 +36,6 @@ _KINDS = {
     torch.float16: "F16",
 }
 _ABANDONED = 3600  # seconds after which a dead process's temporary file is swept
-
-_LOOKS = (
-    (b"version https://git-lfs", "a git-lfs pointer: the file itself was never fetched"),
-    (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle, which may hold code"),
-    (b"\x80\x02", "a pickle, which may hold code"),
-    (b"\x80\x04", "a pickle, which may hold code"),
-    (b"<", "a web page: the download answered with HTML"),
-    (b"GGUF", "a GGUF model"),
-)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,19 +46,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         OSError: If it can't be read, or is no regular file.
     """
     path = Path(path)
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "a file is needed, but this is a folder", str(path))
-    if not stat.S_ISREG(mode):
-        raise OSError(
-            errno.EINVAL, "a regular file is needed, but this is a device or pipe", str(path)
-        )
-    data = path.read_bytes()
+    data = content(path)
     header = _header(data, path)
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
-        _refuse(path, str(error))
+        _refuse(path, str(error).rstrip("."))
     return tensors, header.get("__metadata__") or {}
 
 
@@ -196,7 +182,8 @@ def strict_json(text: str | bytes) -> Any:
 
 def _header(data: bytes, path: Path) -> dict[str, Any]:
     size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
-    if not 2 <= size <= len(data) - 8 or data[8:9] != b"{":
+    # the format says "{"; its reader passes over spaces, and files have them
+    if not 2 <= size <= len(data) - 8 or not data[8 : 8 + _PADDING].lstrip().startswith(b"{"):
         _refuse(path, "it has no header", data)
     if size > _MAX_HEADER:
         _refuse(path, f"its header has {size:,} bytes, over the limit of {_MAX_HEADER:,}")
@@ -210,10 +197,10 @@ def _header(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _refuse(path: Path, reason: str, data: bytes = b"") -> NoReturn:
-    start = data[:64].lstrip()
-    looks = next((what for magic, what in _LOOKS if start.startswith(magic)), "")
+    looks = looks_like(data)
     hint = f" It looks like {looks}." if looks else " Fetch or save it again."
-    raise CorruptFileError(f"{str(path)!r} must be a whole safetensors file, but {reason}.{hint}")
+    kind = UnsupportedFileError if looks else CorruptFileError
+    raise kind(f"{str(path)!r} must be a whole safetensors file, but {reason}.{hint}")
 
 
 def _open(folder: Path, temporary: Path) -> tuple[int, bool]:

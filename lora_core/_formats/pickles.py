@@ -1,0 +1,100 @@
+"""Tensors out of a pickle, without running code: torch's own restricted reader, and a guard."""
+
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lora_core._errors import CorruptFileError, UnsupportedFileError, listed
+from lora_core._formats.sniffing import content
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_MAX_DEPTH = 16
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in what torch.load says of a function it won't call
+_MAX_TENSORS = 65_536
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save by key, of a list by number: copies, detached.
+
+    Raises:
+        CorruptFileError: If it is damaged, or is built to do harm.
+        UnsupportedFileError: If it needs code, or holds no dict or list of tensors.
+        OSError: If it can't be read.
+    """
+    data = content(path)
+    if data[:4] == b"PK\x03\x04":
+        _check_archive(path, data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:  # noqa: BLE001  # whatever damage makes the reader stumble over
+        wanted = _GLOBAL.search(str(error))
+        if wanted:
+            raise UnsupportedFileError(
+                f"{str(path)!r} must be a pickle of tensors alone, but runs code, which is never"
+                f" done: it calls for {wanted[1]!a}. Have its owner save it as safetensors."
+            ) from None
+        _refuse(path, f"it can't be read ({type(error).__name__})")
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping) or not value:
+        raise UnsupportedFileError(
+            f"{str(path)!r} must hold a dict or a list of tensors, but holds a"
+            f" {type(value).__name__}. Give the file of an adapter."
+        )
+    return {str(key): _own(path, str(key), held) for key, held in _flat(value, path)}
+
+
+def _flat(value: Mapping[Any, Any], path: Path) -> list[tuple[Any, Any]]:
+    """The entries, those of a nested dict under "outer.inner"."""
+    found: list[tuple[Any, Any]] = []
+    waiting: list[tuple[str, Any, int]] = [(str(k), held, 1) for k, held in value.items()]
+    for key, held, depth in waiting:
+        if isinstance(held, Mapping) and depth < _MAX_DEPTH:
+            waiting += [(f"{key}.{k}", inner, depth + 1) for k, inner in held.items()]
+        else:
+            found.append((key, held))
+        if len(waiting) > _MAX_TENSORS:
+            _refuse(path, f"it lists more than {_MAX_TENSORS:,} tensors")
+    return found
+
+
+def _own(path: Path, key: str, value: object) -> Tensor:
+    """A plain copy of a tensor, refused where it is larger than what the file holds of it."""
+    if isinstance(value, int | float):  # some writers keep alpha as a plain number
+        return torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        raise UnsupportedFileError(
+            f"{str(path)!r} must hold tensors alone, but {listed([key])} is a"
+            f" {type(value).__name__}. Give the file of an adapter."
+        )
+    plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not plain or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        _refuse(path, f"{listed([key])} is no plain tensor whose numbers the file holds")
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _check_archive(path: Path, data: bytes) -> None:
+    """torch.save never compresses: an archive that does is built to unpack to more."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            packed = [entry for entry in archive.infolist() if entry.compress_type]
+            total = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        _refuse(path, f"it can't be read ({error})")
+    if packed or total > len(data):
+        _refuse(path, "its archive unpacks to more than it holds")
+
+
+def _refuse(path: Path, reason: str) -> NoReturn:
+    raise CorruptFileError(
+        f"{str(path)!r} must be a whole file of torch.save, but {reason}. Fetch or save it again."
+    )
