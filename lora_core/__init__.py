@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from lora_core._adapters import pinned as pinned
     from lora_core._adapters import scales as scales
     from lora_core._adapters import summary as summary
+    from lora_core._algebra import combine as combine
+    from lora_core._algebra import extract as extract
+    from lora_core._algebra import merge_file as merge_file
+    from lora_core._algebra import resize as resize
     from lora_core._errors import AdapterError as AdapterError
     from lora_core._errors import ConfigError as ConfigError
     from lora_core._errors import CorruptFileError as CorruptFileError
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from lora_core._errors import UnsupportedLayerError as UnsupportedLayerError
     from lora_core._files import load as load
     from lora_core._files import save as save
+    from lora_core._formats import Adapter as Adapter
     from lora_core._injection import eject as eject
     from lora_core._injection import inject as inject
     from lora_core._injection import plan as plan
@@ -55,6 +60,7 @@ _ROOMS = {
     "_adapters": (
         *("checkpoint_context", "disabled", "parameters", "pinned", "scales", "summary"),
     ),
+    "_algebra": ("combine", "extract", "merge_file", "resize"),
     "_errors": (
         "AdapterError",
         "ConfigError",
@@ -66,6 +72,7 @@ _ROOMS = {
         "UnsupportedLayerError",
     ),
     "_files": ("load", "save"),
+    "_formats": ("Adapter",),
     "_injection": ("eject", "inject", "plan"),
     "_layers": (
         *("LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRAEmbedding", "LoRALinear"),

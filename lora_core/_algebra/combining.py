@@ -1,0 +1,316 @@
+"""Several adapters as one: their exact sum, its best approximation, or a method's own mixture."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_core import functional
+from lora_core._algebra.layers import (
+    check_adapter,
+    check_limit,
+    compatible,
+    cut,
+    deaf,
+    matrices,
+    rebuilt,
+    refuse_nonlinear,
+    scaled,
+    sizes,
+    widened,
+)
+from lora_core._algebra.methods import METHODS
+from lora_core._algebra.products import (
+    Limit,
+    dense_spectrum,
+    distance,
+    spectrum,
+    subspace_rank,
+)
+from lora_core._algebra.results import Teller, Told
+from lora_core._config import check_dtype, check_finite, check_name
+from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
+from lora_core._formats import Adapter, AdapterLayer
+
+Method = Literal["sum", "ties", "dare", "magnitude_prune"]
+
+
+class _Part(NamedTuple):
+    """What one adapter has for a layer, and how much of it is asked for."""
+
+    layer: AdapterLayer
+    weight: float
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    rank: int | None = None,
+    *,
+    method: Method = "sum",
+    density: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    name: str | None = None,
+    told: Told | None = None,
+) -> Adapter:
+    """One adapter whose update is the weighted sum of others', whatever their ranks and alphas.
+
+    Without `rank` the factors are concatenated: exact but for the rounding of `dtype`, with the
+    sum of the ranks (cut, without loss, at a layer's smaller side). With it each layer is the best
+    approximation of the sum of that rank at most, found by QR of the factors and an SVD of their
+    small core. A layer that only one adapter has, at weight 1, is passed on as it is.
+
+    The other methods take the weighted updates as dense matrices, one layer at a time, make one of
+    them, and keep the `rank` largest singular values of that:
+
+    - "ties": of each update the largest entries stay; at each entry a sign is elected by the sum,
+      and those of that sign are averaged.
+    - "dare": entries are dropped at random, the others divided by `density`; then the sum.
+    - "magnitude_prune": of each update the largest entries stay; then the sum.
+
+    Biases are summed as the updates are. DoRA is no sum: such a layer is passed on, or refused.
+
+    Args:
+        adapters: Adapters of one model; layers that only some of them have are summed over those.
+        weights: A number for each; negative ones subtract.
+        rank: The highest rank of a layer; None keeps all.
+        method: One of the names above.
+        density: The share of entries that stays, in (0, 1]; for the methods other than "sum".
+        seed: Decides what "dare" drops; each layer draws by its own name.
+        dtype: Type of the factors; None means the widest that a layer's factors have.
+        name: The result's name; None means that of the adapters if they share one, else
+            "combined".
+        told: Told of each layer's rank and relative error; see `LayerResult`.
+
+    Returns:
+        The result, which says in its notes how far from exact its worst layer is.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+        MismatchError: If the adapters are for different kinds or sizes of a layer, or spell the
+            modules' names differently.
+        UnsupportedLayerError: If a layer has DoRA, or is no product of factors, and isn't alone at
+            weight 1.
+
+    Reference:
+        Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 2023.
+        Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as
+        a Free Lunch", 2023 (DARE).
+
+    Example:
+        >>> from lora_core._config import AdapterConfig
+        >>> config = AdapterConfig(rank=2, alpha=2.0, dropout=0.0, dtype=torch.float32)
+        >>> parts = {"lora_A": torch.ones(2, 6), "lora_B": torch.ones(5, 2)}
+        >>> a = Adapter("a", {"to_q": AdapterLayer("linear", config, parts)})
+        >>> combine([a, a], [0.5, 0.5]).layers["to_q"].settings.rank
+        4
+        >>> combine([a], [1]) == a
+        True
+    """
+    adapters = [check_adapter("adapters", adapter) for adapter in adapters]
+    weights = [check_finite("weights", weight) for weight in weights]
+    _check(adapters, weights, rank, method, density)
+    limit = None if rank is None else check_limit(rank)
+    check_dtype(dtype)
+    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.layers))
+    tell, layers = Teller(told, len(names)), {}
+    with torch.no_grad():
+        for key in names:
+            parts = [
+                _Part(adapter.layers[key], weight)
+                for adapter, weight in zip(adapters, weights, strict=True)
+                if key in adapter.layers
+            ]
+            if method == "sum":
+                layers[key], error = _summed(key, parts, limit, dtype)
+            else:
+                assert limit is not None
+                assert density is not None
+                draw = torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(key.encode()))
+                layers[key], error = _mixed(key, parts, limit, dtype, method, density, draw)
+            config = layers[key].config
+            tell(key, 0 if config is None else config.rank, error)
+    notes = _agreed_notes(adapters)
+    if tell.worst > 0:
+        notes += (f"combined with a relative error of {tell.worst:.2e} at most in a layer",)
+    return replace(
+        adapters[0],
+        name=_name(adapters, name),
+        layers=layers,
+        base=adapters[0].base if _same_base(adapters) else {},
+        metadata={
+            key: value
+            for key, value in adapters[0].metadata.items()
+            if all(adapter.metadata.get(key) == value for adapter in adapters)
+        },
+        notes=notes,
+    )
+
+
+def _check(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    rank: int | None,
+    method: str,
+    density: float | None,
+) -> None:
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(
+            f"`weights` must hold a number for each of at least one adapter, but holds"
+            f" {len(weights)} for {len(adapters)}."
+        )
+    if method != "sum" and method not in METHODS:
+        raise ConfigError(
+            f"`method` must be one of {listed(['sum', *METHODS])}, but is {method!r}."
+        )
+    if (method == "sum") != (density is None):
+        need = "left out" if method == "sum" else "given"
+        raise ConfigError(f"`density` must be {need} where `method` is {method!r}.")
+    if density is not None and not 0 < check_finite("density", density) <= 1:
+        raise ConfigError(f"`density` must be in (0, 1], but is {density!r}.")
+    if method != "sum" and rank is None:
+        raise ConfigError(
+            f"`rank` must be given where `method` is {method!r}: what it makes has any rank."
+        )
+    spelt = [
+        ", ".join(sorted({layer.spelling for layer in adapter.layers.values()}))
+        for adapter in adapters
+    ]
+    if len(set(spelt)) > 1:
+        shown = [f"{a.name}: {how}" for a, how in zip(adapters, spelt, strict=True)]
+        raise MismatchError(
+            f"Adapters must spell the names of modules alike to be combined, but do it as"
+            f" {listed(shown)}. Load each into the model and save it again."
+        )
+
+
+def _summed(
+    name: str, parts: Sequence[_Part], limit: Limit | None, dtype: torch.dtype | None
+) -> tuple[AdapterLayer, float]:
+    alive = [part for part in parts if part.weight] or parts[:1]
+    if len(alive) == 1 and alive[0].weight == 1 and _fits(alive[0].layer, limit, dtype):
+        return alive[0].layer, 0.0
+    for layer, _ in alive:
+        refuse_nonlinear(name, layer, "combined")
+    like = compatible(name, [layer for layer, _ in alive])
+    dtype = _widest([layer for layer, _ in alive]) if dtype is None else dtype
+    among, bias = [layer for layer, _ in alive], _bias(alive)
+    if len(alive) == 1 and alive[0].weight and _fits(like, limit, dtype):
+        return _multiplied(like, alive[0].weight, bias), 0.0
+    lora_A, lora_B, gain = _stacked(alive)
+    most = min(sizes(like)[-2:])
+    if lora_A.shape[-2] <= (most if limit is None else min(most, limit.rank or most)):
+        made = rebuilt(
+            like, (lora_A, lora_B), gain * lora_A.shape[-2], dtype, among=among, bias=bias
+        )
+        exact = dtype.itemsize >= 4 or not any(part.weight for part in alive)
+        asked = _asked(alive)
+        return made, 0.0 if exact else distance(asked, scaled(made))
+    wide_A, wide_B = _asked(alive)
+    found = spectrum(wide_A, wide_B)
+    limit = Limit(rank=most) if limit is None else limit
+    return cut(found, limit, like, dtype, silent=deaf(wide_A), among=among, bias=bias)
+
+
+def _fits(layer: AdapterLayer, limit: Limit | None, dtype: torch.dtype | None) -> bool:
+    """Whether a layer may stay as it is."""
+    if layer.config is None:
+        return True
+    kept = limit is None or layer.config.rank <= (limit.rank or 0)
+    return kept and dtype in (None, layer.config.dtype)
+
+
+def _multiplied(layer: AdapterLayer, weight: float, bias: Tensor | None) -> AdapterLayer:
+    """The layer at another alpha, which rounds nothing."""
+    alpha = check_finite("weights", layer.settings.alpha * weight)
+    parts = dict(layer.parts)
+    if bias is not None:
+        parts["lora_bias"] = bias.to(parts["lora_bias"].dtype)
+    return replace(layer, config=replace(layer.settings, alpha=alpha), parts=parts)
+
+
+def _stacked(parts: Sequence[_Part]) -> tuple[Tensor, Tensor, float]:
+    """The factors side by side and the scale they share; the largest one's stay as stored."""
+    gains = [weight * layer.settings.scale for layer, weight in parts]
+    factors = [matrices(layer) for layer, _ in parts]
+    common = max(gains, key=abs) or 1.0
+    if len(set(gains)) > 1 or not any(gains):
+        factors = [
+            (A, B if gain == common else widened(B) * (gain / common))
+            for (A, B), gain in zip(factors, gains, strict=True)
+        ]
+    whole_A, whole_B, _ = functional.stack_factors([(A, B, 1.0) for A, B in factors], (-2, -1))
+    return whole_A, whole_B, common
+
+
+def _asked(parts: Sequence[_Part]) -> tuple[Tensor, Tensor]:
+    """The sum as one wide product."""
+    lora_A, lora_B, _ = functional.stack_factors(
+        [(*scaled(layer, weight), 1.0) for layer, weight in parts], (-2, -1)
+    )
+    return lora_A, lora_B
+
+
+def _bias(parts: Sequence[_Part]) -> Tensor | None:
+    """The weighted sum of the biases, None where there is none: a scale is none of theirs."""
+    terms = [
+        widened(layer.parts["lora_bias"]) * weight
+        for layer, weight in parts
+        if "lora_bias" in layer.parts
+    ]
+    return torch.stack(terms).sum(0) if terms else None
+
+
+def _mixed(
+    name: str,
+    parts: Sequence[_Part],
+    limit: Limit,
+    dtype: torch.dtype | None,
+    method: str,
+    density: float,
+    generator: torch.Generator,
+) -> tuple[AdapterLayer, float]:
+    layers = [layer for layer, _ in parts]
+    for layer in layers:
+        refuse_nonlinear(name, layer, "combined")
+        if "lora_bias" in layer.parts:
+            raise UnsupportedLayerError(
+                f"A layer must be factors alone where `method` is {method!r}, but {name!r} has a"
+                " bias as well. Use method='sum'."
+            )
+    like = compatible(name, layers)
+    updates = torch.stack([functional.lora_delta(*scaled(*part)) for part in parts])
+    mixture = METHODS[method](updates, density, generator)
+    found = dense_spectrum(mixture, subspace_rank(mixture, limit), generator)
+    silent = torch.stack([deaf(matrices(layer)[0]) for layer in layers]).all(0)
+    dtype = _widest(layers) if dtype is None else dtype
+    return cut(found, limit, like, dtype, silent=silent, among=layers)
+
+
+def _widest(layers: Sequence[AdapterLayer]) -> torch.dtype:
+    widest = layers[0].parts["lora_A"].dtype
+    for layer in layers:
+        for factor in matrices(layer):
+            widest = torch.promote_types(widest, factor.dtype)
+    return widest
+
+
+def _name(adapters: Sequence[Adapter], name: str | None) -> str:
+    if name is not None:
+        return check_name(name)
+    names = {adapter.name for adapter in adapters}
+    return adapters[0].name if len(names) == 1 else "combined"
+
+
+def _same_base(adapters: Sequence[Adapter]) -> bool:
+    """Whether one fingerprint is that of all, and of the layers of the result."""
+    first = adapters[0]
+    return all(a.base == first.base and a.layers.keys() == first.layers.keys() for a in adapters)
+
+
+def _agreed_notes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes))

@@ -1,0 +1,232 @@
+"""One layer of an adapter as a product of matrices, and such a product as a layer."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core import functional
+from lora_core._algebra.products import Limit, Spectrum, distance
+from lora_core._config import AdapterConfig
+from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
+from lora_core._formats import Adapter, AdapterLayer
+from lora_core._layers import LoRAMixin, LoRAWeight, non_finite
+
+_DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+# what a factor of two dimensions may be for
+_FLAT = {"linear", "weight", "matrix"}
+_FACTORED = {"conv", "embedding", *_FLAT}
+
+
+def check_adapter(what: str, adapter: object) -> Adapter:
+    """Returns `adapter` if it is one outside any model, of finite numbers."""
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(
+            f"`{what}` must be an Adapter, read from a file, but is {type(adapter).__name__}."
+        )
+    held = {name: list(layer.parts.values()) for name, layer in adapter.layers.items()}
+    bad = non_finite(held) if held else []
+    if bad:
+        raise ConfigError(
+            f"`{what}` must be finite, but {listed(bad)} of {adapter.name!r} holds NaN or infinity."
+            " Go back to an earlier state."
+        )
+    return adapter
+
+
+def check_limit(
+    rank: int | None = None, energy: float | None = None, error: float | None = None
+) -> Limit:
+    """Exactly one of the three, in its range."""
+    given = {"rank": rank, "energy": energy, "error": error}
+    set_ = [f"{key}={value!r}" for key, value in given.items() if value is not None]
+    if len(set_) != 1:
+        raise ConfigError(
+            f"Exactly one of `rank`, `energy` and `error` must be given, but {len(set_)} are"
+            + (f": {', '.join(set_)}." if set_ else ". Give a rank, for example.")
+        )
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"`rank` must be a whole number of at least 1, but is {rank!r}.")
+    for what, share, top in (("energy", energy, 1), ("error", error, None)):
+        if share is None:
+            continue
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not (0 < share <= 1 if top else 0 <= share < 1):
+            bounds = "(0, 1]" if top else "[0, 1)"
+            raise ConfigError(f"`{what}` must be in {bounds}, but is {share!r}.")
+    return Limit(rank, energy, error)
+
+
+def is_factored(layer: AdapterLayer) -> bool:
+    """Whether a layer is factors, and no plain difference or value."""
+    return layer.config is not None and layer.kind in _FACTORED
+
+
+def is_linear(layer: AdapterLayer) -> bool:
+    """Whether twice the adapter is twice the change: a product of factors, and perhaps a bias."""
+    magnitudes = any(part.startswith("lora_magnitude") for part in layer.parts)
+    return is_factored(layer) and not layer.settings.dora and not magnitudes
+
+
+def refuse_nonlinear(name: str, layer: AdapterLayer, what: str) -> None:
+    """Raises unless a layer is a product of factors, and perhaps a bias."""
+    if is_linear(layer):
+        return
+    found = (
+        "has DoRA's lengths of rows, with which a part of the update is no part of the change"
+        if is_factored(layer)
+        else f"is of the kind {layer.kind!r}"
+    )
+    raise UnsupportedLayerError(
+        f"A layer must be a plain product of factors to be {what}, but {name!r} {found}. Merge the"
+        " adapter into its base, and `extract` a plain one from that."
+    )
+
+
+def matrices(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+    """The factors without the scale, as matrices; plain ones as they are stored.
+
+    A Tucker core is expanded and first factors are subtracted, in float32 or wider.
+
+    Shape:
+        - Output: ``(..., R, in)`` and ``(..., out, R)``
+    """
+    mixin = LoRAWeight if layer.kind == "weight" else LoRAMixin
+    config, parts = layer.settings, layer.parts
+    lora_A, lora_B = parts["lora_A"], parts["lora_B"]
+    if config.tucker:
+        lora_A = functional.tucker_down(widened(lora_A), widened(parts["lora_mid"]))
+    if config.subtracted:
+        lora_A, lora_B = mixin.lora_subtracted(
+            *(widened(f) for f in (lora_A, lora_B, parts["lora_A0"], parts["lora_B0"]))
+        )
+    return mixin.lora_as_matrices(lora_A, lora_B)
+
+
+def scaled(layer: AdapterLayer, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The factors as wide matrices whose product is `weight` times the update."""
+    lora_A, lora_B = map(widened, matrices(layer))
+    return lora_A, lora_B * (weight * layer.settings.scale)
+
+
+def widened(values: Tensor) -> Tensor:
+    """Values in float32 or wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def sizes(layer: AdapterLayer) -> tuple[int, ...]:
+    """``(..., out, in)`` of the update as a matrix."""
+    lora_A, lora_B = matrices(layer)
+    return (*lora_A.shape[:-2], lora_B.shape[-2], lora_A.shape[-1])
+
+
+def compatible(name: str, layers: Sequence[AdapterLayer]) -> AdapterLayer:
+    """The layer that says the most of what all of these, of one name, are for.
+
+    Raises:
+        MismatchError: If they are for layers of different kinds or sizes.
+    """
+    first, *others = sorted(layers, key=lambda layer: layer.kind == "matrix")
+    for layer in others:
+        kinds = {first.kind, layer.kind}
+        alike = len(kinds) == 1 or kinds <= _FLAT or kinds <= {"conv", "matrix"}
+        if not alike or sizes(first) != sizes(layer) or _kernel(first) != _kernel(layer):
+            raise MismatchError(
+                f"Adapters must be for the same layers, but {name!r} is {_described(first)} in one"
+                f" and {_described(layer)} in another. Combine adapters of one model."
+            )
+    return first
+
+
+def _described(layer: AdapterLayer) -> str:
+    shapes = ", ".join(f"{part} {tuple(p.shape)}" for part, p in list(layer.parts.items())[:2])
+    return f"of the kind {layer.kind!r} with {shapes}"
+
+
+def _kernel(layer: AdapterLayer) -> tuple[int, ...]:
+    """The kernel of a convolution's update, () where it is one number or there is none."""
+    part = "lora_mid" if layer.settings.tucker else "lora_A"
+    kernel = tuple(layer.parts[part].shape[2:]) if layer.kind == "conv" else ()
+    return kernel if any(k > 1 for k in kernel) else ()
+
+
+def rebuilt(
+    like: AdapterLayer,
+    factors: tuple[Tensor, Tensor],
+    alpha: float,
+    dtype: torch.dtype,
+    *,
+    among: Sequence[AdapterLayer] = (),
+    bias: Tensor | None = None,
+) -> AdapterLayer:
+    """A layer of plain factors, in the layout of another.
+
+    Args:
+        like: Gives the kind, the shapes and all that has nothing to do with the numbers.
+        factors: ``(lora_A, lora_B)`` as matrices.
+        alpha: The scale times the rank.
+        dtype: Type to store them in.
+        among: Settings of the training are kept where these layers agree on them.
+        bias: What is added to the layer's bias.
+    """
+    (lora_A, lora_B), old = factors, like.settings
+    rank = lora_A.shape[-2]
+    if like.kind == "conv":
+        wide = like.parts["lora_mid" if old.tucker else "lora_A"].shape[2:]
+        lora_A = lora_A.reshape(rank, -1, *wide)
+        lora_B = lora_B.reshape(-1, rank, *[1] * len(wide))
+    parts = {"lora_A": lora_A.to(dtype).contiguous(), "lora_B": lora_B.to(dtype).contiguous()}
+    if bias is not None:
+        parts["lora_bias"] = bias.to(dtype)
+    config = AdapterConfig(
+        rank=rank, alpha=alpha, dtype=dtype, bias=bias is not None, **_agreed(among or (like,))
+    )
+    return replace(like, config=config, parts=parts)
+
+
+def _agreed(layers: Sequence[AdapterLayer]) -> dict[str, Any]:
+    every = [{key: getattr(layer.settings, key) for key in _DROPOUTS} for layer in layers]
+    return {
+        key: value if all(each[key] == value for each in every) else 0.0
+        for key, value in every[0].items()
+    }
+
+
+def cut(
+    found: Spectrum,
+    limit: Limit,
+    like: AdapterLayer,
+    dtype: torch.dtype,
+    *,
+    silent: Tensor | None = None,
+    **rest: Any,
+) -> tuple[AdapterLayer, float]:
+    """The nearest layer within a limit, and its relative error.
+
+    Args:
+        found: What it approximates.
+        limit: How much of that to keep.
+        like: As in `rebuilt`.
+        dtype: As in `rebuilt`; of a type narrower than float32 the error counts the rounding.
+        silent: Which inputs the update does not hear, as ``(in,)``: it must not hear them later,
+            an embedding's padding for one, whatever rounding makes of their zeros.
+        rest: As in `rebuilt`.
+    """
+    rank = limit.chosen(found)
+    lora_A, lora_B = found.factors(rank)
+    if silent is not None:
+        lora_A = lora_A.masked_fill(silent, 0)
+    made = rebuilt(like, (lora_A, lora_B), float(rank), dtype, **rest)
+    error = found.error(rank)
+    if dtype.itemsize < 4:
+        # at right angles to what was cut off, but for its own randomness
+        rounding = distance((lora_A, lora_B), scaled(made))
+        error = (error**2 + rounding**2 * (1 - error**2)) ** 0.5
+    return made, error
+
+
+def deaf(lora_A: Tensor) -> Tensor:
+    """Which inputs a down-projection has nothing but zeros for, ``(in,)``."""
+    return (lora_A == 0).flatten(0, -2).all(0)

@@ -1,0 +1,188 @@
+"""The maths of products of factors: singular values, nearest products of lower rank, norms.
+
+Letters in the shape notes: in, out = sizes of the matrix, R = rank, K = number of singular values
+kept. Leading dimensions, where there are any, are a batch of matrices that share one rank.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_EXACT = 1024  # a larger matrix takes seconds to decompose whole
+_OVERSAMPLED = 16  # columns that a random subspace has beyond the rank
+_SWEEPS = 8  # of the subspace iteration
+_NOISE = 8  # roundings of the largest singular value that the values of zero may reach
+
+
+class Spectrum(NamedTuple):
+    """A matrix by its singular values, ``(U * S[..., None, :]) @ Vh``, and what that lacks of it.
+
+    Attributes:
+        U: Left singular vectors, ``(..., out, K)``.
+        S: Singular values, ``(..., K)``, in falling order.
+        Vh: Right singular vectors, ``(..., K, in)``.
+        rest: The squared norm of the part outside these vectors; 0 where they are all.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    rest: float = 0.0
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """``(lora_A, lora_B)`` of the nearest product of this rank, each with half of each value.
+
+        Shape:
+            - Output: ``(..., rank, in)`` and ``(..., out, rank)``
+        """
+        root = self.S[..., :rank].sqrt()
+        return root[..., :, None] * self.Vh[..., :rank, :], self.U[..., :rank] * root[..., None, :]
+
+    def tails(self) -> list[float]:
+        """The squared norm that is lost at each rank, from 0 on; rounding alone counts as zero."""
+        values = self.S.double()
+        noise = values.amax(-1, keepdim=True) if values.shape[-1] else values
+        noise = noise * _NOISE * torch.finfo(self.S.dtype).eps
+        squares = torch.where(values > noise, values.square(), 0)
+        each = squares.reshape(-1, values.shape[-1]).sum(0)  # (K,)
+        lost = torch.cat([each.flip(0).cumsum(0).flip(0), each.new_zeros(1)])
+        return [float(tail) + self.rest for tail in lost]
+
+    def error(self, rank: int) -> float:
+        """The norm of what is lost at this rank, over the norm of all; 0 where all is zero."""
+        tails = self.tails()
+        return math.sqrt(tails[min(rank, len(tails) - 1)] / tails[0]) if tails[0] else 0.0
+
+
+def spectrum(lora_A: Tensor, lora_B: Tensor) -> Spectrum:
+    """The singular values of ``lora_B @ lora_A``, from small matrices alone.
+
+    QR of both factors leaves a core of the rank's size, whose singular values they are; nothing of
+    size (out, in) is made, and the work is of order ``(in + out) * R**2``.
+
+    Shape:
+        - lora_A: ``(..., R, in)``; lora_B: ``(..., out, R)``, float32 or wider
+
+    Reference:
+        Golub and Van Loan, "Matrix Computations", 4th edition, 2013, section 5.4.
+
+    Example:
+        >>> spectrum(torch.ones(2, 1000), torch.ones(500, 2)).S.shape
+        torch.Size([2])
+    """
+    left, upper = torch.linalg.qr(lora_B)
+    right, lower = torch.linalg.qr(lora_A.mT)
+    U, S, Vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    return Spectrum(left @ U, S, Vh @ right.mT)
+
+
+def dense_spectrum(
+    matrix: Tensor, rank: int | None = None, generator: torch.Generator | None = None
+) -> Spectrum:
+    """The singular values of a dense matrix: all of them, or the first few by a random subspace.
+
+    Args:
+        matrix: The matrix, or a batch.
+        rank: How many values are wanted of the random subspace; None decomposes exactly.
+        generator: Where the subspace's start comes from, on the CPU.
+
+    Shape:
+        - matrix: ``(..., out, in)``, float32 or wider
+
+    Reference:
+        Halko, Martinsson and Tropp, "Finding Structure with Randomness: Probabilistic Algorithms
+        for Constructing Approximate Matrix Decompositions", 2011, algorithms 4.4 and 5.1.
+
+    Example:
+        >>> dense_spectrum(torch.eye(5, 3)).S.shape
+        torch.Size([3])
+    """
+    if rank is None:
+        return Spectrum(*torch.linalg.svd(matrix, full_matrices=False))
+    *batch, out, width = matrix.shape
+    wanted = min(rank + _OVERSAMPLED, out, width)
+    start = torch.randn(*batch, width, wanted, generator=generator, dtype=torch.float32)
+    basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+    for _ in range(_SWEEPS):
+        basis = torch.linalg.qr(matrix.mT @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    inside = basis.mT @ matrix  # (..., wanted, in)
+    outside = (matrix - basis @ inside).double().square().sum()
+    return spectrum(inside, basis)._replace(rest=float(outside))
+
+
+def product_norm(lora_A: Tensor, lora_B: Tensor) -> float:
+    """The Frobenius norm of ``lora_B @ lora_A``, without cancellation and without forming it.
+
+    Shape:
+        - lora_A: ``(..., R, in)``; lora_B: ``(..., out, R)``, float32 or wider
+
+    Example:
+        >>> round(product_norm(torch.ones(2, 3), torch.ones(3, 2)), 4)
+        6.0
+    """
+    upper, lower = torch.linalg.qr(lora_B, mode="r").R, torch.linalg.qr(lora_A.mT, mode="r").R
+    return float((upper @ lower.mT).double().norm())
+
+
+def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """The norm of the difference of two products, over the norm of the first; 0 for two zeros.
+
+    Args:
+        one: ``(lora_A, lora_B)``.
+        other: Likewise, of any rank.
+
+    Shape:
+        - lora_A: ``(..., R, in)``; lora_B: ``(..., out, R)``, float32 or wider
+
+    Example:
+        >>> A, B = torch.eye(2, 3), torch.eye(4, 2)
+        >>> distance((A, B), (A, 0 * B))
+        1.0
+    """
+    (A, B), (other_A, other_B) = one, other
+    gap = product_norm(torch.cat([A, other_A], dim=-2), torch.cat([B, -other_B], dim=-1))
+    norm = product_norm(A, B)
+    return gap / norm if norm else 0.0 if not gap else math.inf
+
+
+class Limit(NamedTuple):
+    """How much of a matrix to keep: exactly one of these is not None.
+
+    Attributes:
+        rank: This rank at most.
+        energy: The smallest rank that keeps this share of the squared norm.
+        error: The smallest rank whose relative error is at most this.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+
+    def chosen(self, found: Spectrum) -> int:
+        """The rank for a matrix, at least 1 and at most its number of singular values."""
+        most = max(found.S.shape[-1], 1)
+        if self.rank is not None:
+            return min(self.rank, most)
+        tails = found.tails()
+        share = 1 - self.energy if self.energy is not None else float(self.error or 0) ** 2
+        enough = (rank for rank, tail in enumerate(tails) if tail <= share * tails[0])
+        return min(max(next(enough, most), 1), most)
+
+
+def subspace_rank(matrix: Tensor, limit: Limit, svd: str = "auto") -> int | None:
+    """How many singular values a random subspace should find; None for an exact SVD.
+
+    "auto" is exact where the smaller side is at most 1024 or the rank asked for is over a quarter
+    of it, and wherever `limit` asks for a share: that takes all the values.
+
+    Shape:
+        - matrix: ``(..., out, in)``
+    """
+    if svd == "exact" or limit.rank is None:
+        return None
+    small = min(matrix.shape[-2:])
+    whole = small <= _EXACT or 4 * limit.rank > small
+    return None if svd == "auto" and whole else limit.rank

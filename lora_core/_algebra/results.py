@@ -1,0 +1,106 @@
+"""What the verbs of the algebra say of each layer while they work, and of all at the end."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lora_core._reports import table
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One layer of the result.
+
+    Attributes:
+        name: Its name.
+        rank: Its rank there.
+        error: How far its update is from what was asked: the norm of the difference over the norm
+            of what was asked. The rounding of float32 is not counted, that of narrower types is.
+        done: How many layers are done, this one included.
+        total: How many there are.
+    """
+
+    name: str
+    rank: int
+    error: float
+    done: int
+    total: int
+
+
+Told = Callable[[LayerResult], object]
+"""Told of each layer when it is done: a progress bar, or ``results.append``."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlgebraReport:
+    """What was told of the layers, as a table.
+
+    Attributes:
+        layers: One entry per layer.
+
+    Example:
+        >>> print(AlgebraReport([LayerResult("to_q", 4, 0.25, 1, 1)]))
+        layer  rank  error
+        -----  ----  --------
+        to_q      4  2.50e-01
+        1 layers, relative error 2.50e-01 at most
+    """
+
+    layers: Sequence[LayerResult]
+
+    @property
+    def worst_error(self) -> float:
+        """The largest error, 0 if there is no layer."""
+        return max((layer.error for layer in self.layers), default=0.0)
+
+    def __str__(self) -> str:
+        rows = [(layer.name, layer.rank, f"{layer.error:.2e}") for layer in self.layers]
+        return (
+            f"{table(('layer', 'rank', 'error'), rows)}\n{len(rows)} layers,"
+            f" relative error {self.worst_error:.2e} at most"
+        )
+
+
+class Teller:
+    """Counts the layers, tells of each, and remembers the worst."""
+
+    def __init__(self, told: Told | None, total: int) -> None:
+        self._told, self._total, self._done = told, total, 0
+        self.worst = 0.0
+
+    def __call__(self, name: str, rank: int, error: float) -> None:
+        """One more layer is done."""
+        self._done += 1
+        self.worst = max(self.worst, error)
+        if self._told is not None:
+            self._told(LayerResult(name, rank, error, self._done, self._total))
+
+
+@dataclass(frozen=True, slots=True)
+class FileMergeReport:
+    """What `merge_file` wrote.
+
+    Attributes:
+        path: Where.
+        adapter: The adapter's name.
+        strength: How strongly it was added.
+        layers: By layer, the share of its update that rounding lost, as in `MergeReport`.
+        changed: How many tensors are new.
+        untouched: How many are the base's, byte for byte.
+        nbytes: Bytes of the file, or of all shards together.
+    """
+
+    path: str
+    adapter: str
+    strength: float
+    layers: Mapping[str, float] = field(default_factory=dict)
+    changed: int = 0
+    untouched: int = 0
+    nbytes: int = 0
+
+    def __str__(self) -> str:
+        worst = max(self.layers.values(), default=0.0)
+        return (
+            f"merged {self.adapter} x {self.strength:g} into {self.path}: {self.changed} tensors"
+            f" changed, {self.untouched} copied, {self.nbytes:,} bytes; rounding lost at most"
+            f" {worst:.2%} of an update"
+        )
