@@ -114,14 +114,8 @@ def train_pretend(model: nn.Module, name: str) -> None:
 
 
 def _refuse_not_finite(model: nn.Module, outputs: list[Tensor]) -> None:
-    # a quantised weight says that it is floating, and can't be looked into
-    bad = [
-        n
-        for n, p in model.named_parameters()
-        if p.is_floating_point()
-        and not is_traceable_wrapper_subclass(p)
-        and not bool(p.isfinite().all())
-    ]
+    floating = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
+    bad = [n for n, p in floating if not _is_wrapped(p) and not bool(p.isfinite().all())]
     if bad:
         raise ConfigError(
             f"`model` must be finite for the laws to be checked, but {listed(bad)} holds NaN or"
@@ -132,6 +126,12 @@ def _refuse_not_finite(model: nn.Module, outputs: list[Tensor]) -> None:
             "`model` must return numbers for the laws to be checked, but returns NaN without any"
             " adapter. Pass other inputs or repair it first."
         )
+
+
+def _is_wrapped(p: Tensor) -> bool:
+    """Whether a weight is quantised or the like: it says that it is floating, and shows nothing."""
+    wrapped: bool = is_traceable_wrapper_subclass(p)
+    return wrapped
 
 
 def _check_fresh(model: nn.Module, bare: nn.Module, run: _Run, names: set[str]) -> None:
