@@ -1,0 +1,250 @@
+"""Adding the active updates to the weights, and handing the originals back bit for bit."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from lora_core import functional
+from lora_core._adapters import layers_with
+from lora_core._errors import MergeError, listed
+from lora_core._layers import LoRAMixin, Merged
+from lora_core._merging.checking import batches, check_factors, check_merged
+from lora_core._merging.probing import is_linear_in_weight, probe
+from lora_core._merging.refusing import refuse_hollow, tied_to_merge, to_merge
+from lora_core._merging.rounding import Sample, lost, sampled
+from lora_core._merging.swapping import adds_to_bias, own_weight, put, restore, strengths_of
+from lora_core._reports import MergeReport
+
+
+def merge(
+    model: nn.Module,
+    *,
+    reversible: bool = True,
+    keep: torch.device | str | None = None,
+    untie: bool = False,
+) -> MergeReport:
+    """Adds the active adapters, at their strengths, to the weights, in place.
+
+    Reversible: all new weights are computed and checked, then swapped in together; an interrupt
+    leaves the whole model before or after. Otherwise: in place, one layer at a time, without a
+    copy; each layer is merged or not, never twice, and `unmerge` refuses.
+
+    The sum is made in float32 and rounded once to the weight's dtype; the receipt says how much
+    of each update that rounding lost.
+
+    Args:
+        model: A model with active adapters.
+        reversible: Whether to keep the original values.
+        keep: Where to keep them, as in "cpu"; None means where they are.
+        untie: Whether a weight that another module shares may be given a copy of its own here.
+
+    Raises:
+        AdapterError: If the model has no adapter.
+        MergeError: If it is merged already, nothing is active, a weight is tied elsewhere, a
+            merged weight would not be finite, or a host's forward is not proven to follow its
+            weight. Nothing is changed then.
+
+    Example:
+        >>> from lora_core import LoRALinear
+        >>> layer = LoRALinear(nn.Linear(3, 5), rank=2)
+        >>> print(merge(layer))
+        merged default x 1 into 1 layers, originals kept; rounding lost at most 0.00% of an update
+        >>> print(unmerge(layer))
+        unmerged default x 1 from 1 layers
+    """
+    layers = to_merge(model)
+    tied = tied_to_merge(model, layers, untie=untie, reversible=reversible)
+    refuse_hollow(layers)
+    check_factors(layers)
+    strengths = {name: s for layer in layers.values() for name, s in strengths_of(layer).items()}
+    how = _merge_reversibly if reversible else _merge_in_place
+    # weights made in inference mode could not be trained on after an unmerge
+    with torch.inference_mode(mode=False), torch.no_grad():  # in this order: leaving turns it on
+        loss = how(layers, tied, torch.device(keep) if keep is not None else None)
+    return MergeReport(strengths, tuple(layers), reversible, loss)
+
+
+def unmerge(model: nn.Module) -> MergeReport:
+    """Hands the original weights back, bit for bit, in place.
+
+    Raises:
+        AdapterError: If the model has no adapter.
+        MergeError: If nothing is merged, a layer was merged with ``reversible=False``, or the
+            call stands inside ``with disabled(model)``. Nothing is changed then.
+    """
+    layers = {n: m for n, m in layers_with(model, None).items() if m.lora_merged is not None}
+    if not layers:
+        raise MergeError("The model must be merged to be unmerged, but no layer is.")
+    states = {n: m.lora_merged for n, m in layers.items() if m.lora_merged is not None}
+    gone = [n for n, state in states.items() if state.kept is None]
+    if gone:
+        raise MergeError(
+            f"`unmerge` must have the original weights, but {listed(gone)} was merged with"
+            " reversible=False. Load the base model again."
+        )
+    hidden = [n for n, state in states.items() if state.merged is not None]
+    if hidden:
+        raise MergeError(
+            f"`unmerge` must stand outside `with disabled(model)`, but {listed(hidden)} is hidden"
+            " by one. Leave it first."
+        )
+    with ExitStack() as undo:
+        for name, layer in layers.items():
+            bias = None if states[name].bias is None else layer.lora_held_bias()
+            undo.callback(put, layer, own_weight(layer), layer.lora_held(), bias, states[name])
+            restore(layer, states[name])
+        undo.pop_all()
+    strengths = {name: s for state in states.values() for name, s in state.strengths.items()}
+    return MergeReport(strengths, tuple(layers), reversible=True)
+
+
+def _merge_reversibly(
+    layers: dict[str, LoRAMixin], tied: set[str], keep: torch.device | None
+) -> dict[str, float]:
+    new, samples = {}, {}
+
+    def made() -> Iterator[tuple[str, Tensor]]:
+        for name, layer in layers.items():
+            new[name], samples[name] = _new_weight(name, layer)
+            yield name, new[name]
+
+    for batch in batches(made()):  # while they are in the cache
+        check_merged(batch)
+    loss = lost(samples)
+    biases = {n: _new_bias(n, m) for n, m in layers.items()}
+    kept = {n: m.lora_held() if keep is None else m.lora_held().to(keep) for n, m in layers.items()}
+    with ExitStack() as undo:
+        for name, layer in layers.items():
+            own, bias = own_weight(layer), biases[name]
+            old_bias = None if bias is None else layer.lora_held_bias()
+            undo.callback(put, layer, own, layer.lora_held(), old_bias, None)
+            if name in tied:
+                layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
+            layer.lora_put(new[name], bias)
+            untied = own if name in tied else None
+            layer.lora_merged = Merged(strengths_of(layer), kept[name], None, untied, old_bias)
+        undo.pop_all()
+    return loss
+
+
+def _merge_in_place(
+    layers: dict[str, LoRAMixin],
+    tied: set[str],  # noqa: ARG001  # refused before
+    keep: torch.device | None,  # noqa: ARG001  # nothing is kept
+) -> dict[str, float]:
+    for name, layer in layers.items():
+        if is_linear_in_weight(layer):
+            _refuse_overflow(name, layer)
+        else:  # only the sum itself can be tried
+            check_merged([(name, _new_weight(name, layer)[0])])
+        _new_bias(name, layer)
+    loss: dict[str, float] = {}
+    for name, layer in layers.items():
+        state = Merged(strengths_of(layer), None)
+        if _sums_in_product(layer):
+            loss |= lost({name: _add_in_place(layer, state)})
+            continue
+        new, sample = _new_weight(name, layer)
+        check_merged([(name, new)])
+        loss |= lost({name: sample})
+        bias = _new_bias(name, layer)
+        try:
+            _overwrite(layer, new, bias, state)
+        except BaseException:  # finish this layer: copying is idempotent, adding would not be
+            _overwrite(layer, new, bias, state)
+            raise
+    return loss
+
+
+def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
+    """Raises where a merged weight would not be finite, mostly without computing it.
+
+    By Cauchy-Schwarz no entry of the update exceeds the norm of its B times that of its A.
+    """
+    if any(layer.lora_configs[n].dora for n in layer.lora_selection.names):
+        check_merged([(name, _new_weight(name, layer)[0])])
+        return
+    lora_A, lora_B, gain = layer.lora_stacked()
+    bound = (lora_A.double().norm() * (lora_B * gain).double().norm()).to(layer.weight.device)
+    low, high = layer.weight.aminmax()
+    largest = torch.maximum(-low, high).double()
+    if not bool(largest + bound < torch.finfo(layer.weight.dtype).max / 2):
+        check_merged([(name, _new_weight(name, layer)[0])])
+
+
+def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, Sample]:
+    """The merged weight, not yet checked, and a sample of it."""
+    weight = layer.weight
+    update: tuple[Tensor, ...]
+    if _sums_in_product(layer):
+        lora_A, lora_B, rows = _scaled(layer)
+        new = torch.addmm(weight, lora_B, lora_A)
+        update = (rows, lora_A)
+    else:
+        delta = layer.lora_delta()
+        new = functional.merged_weight(weight, delta)
+        if not is_linear_in_weight(layer):
+            check_merged([(name, new)])
+            probe(name, layer, new)
+        update = (sampled(delta).clone(),)  # all the rest of it may go
+    return new, Sample(sampled(weight), sampled(new), update)
+
+
+def _new_bias(name: str, layer: LoRAMixin) -> Tensor | None:
+    """The merged bias, checked; None where no active adapter adds to it."""
+    if not adds_to_bias(layer):
+        return None
+    bias, delta = layer._parameters["bias"], layer.lora_bias_delta()
+    assert bias is not None
+    assert delta is not None
+    new = functional.merged_weight(bias, delta)
+    check_merged([(name, new)])
+    return new
+
+
+def _sums_in_product(layer: LoRAMixin) -> bool:
+    """Whether the matrix product itself may add to the weight: the update is never written."""
+    weight = layer.weight
+    return (
+        is_linear_in_weight(layer)
+        and layer.lora_matrix(weight) is weight
+        and weight.ndim == 2
+        and all(layer.lora_configs[n].plain_sum for n in layer.lora_selection.names)
+        and type(weight) is nn.Parameter
+        and weight.dtype in (torch.float32, torch.float64)  # the product's own rounding is theirs
+        and weight.is_contiguous()
+        and not weight.is_inference()  # which has no version to tell by
+    )
+
+
+def _scaled(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
+    """The stacked lora_A, the stacked and scaled lora_B, and some rows of that."""
+    lora_A, lora_B, gain = layer.lora_stacked()
+    dtype = layer.weight.dtype
+    lora_B = lora_B.to(dtype) * gain.to(dtype)
+    return lora_A.to(dtype), lora_B, sampled(lora_B)
+
+
+def _add_in_place(layer: LoRAMixin, state: Merged) -> Sample:
+    lora_A, lora_B, rows = _scaled(layer)
+    weight = layer.weight
+    old, version = sampled(weight).clone(), weight._version
+    try:
+        weight.addmm_(lora_B, lora_A)
+        layer.lora_merged = state
+    except BaseException:  # an interrupt may come before the note, but not amid the product
+        if weight._version != version:
+            layer.lora_merged = state
+        raise
+    return Sample(old, sampled(weight), (rows, lora_A))
+
+
+def _overwrite(layer: LoRAMixin, weight: Tensor, bias: Tensor | None, state: Merged) -> None:
+    layer.weight.copy_(weight)
+    if bias is not None:
+        own = layer._parameters["bias"]
+        assert own is not None
+        own.copy_(bias)
+    layer.lora_merged = state

@@ -1,0 +1,53 @@
+"""Whether a host's output follows its weight, by its class or by trying."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from lora_core._errors import MergeError, listed
+from lora_core._layers import KINDS, LoRAMixin
+from lora_core._merging.swapping import own_weight
+
+
+def is_linear_in_weight(layer: LoRAMixin) -> bool:
+    """Whether the host's forward is one that is known to be."""
+    return layer.lora_linear_in_weight or any(
+        issubclass(layer.host_class, kind) and layer.host_class.forward is kind.forward
+        for kind in KINDS
+    )
+
+
+def probe(name: str, layer: LoRAMixin, new: Tensor) -> None:
+    """Raises unless the host's own forward makes of a new weight what the update adds."""
+    taken = list(inspect.signature(layer.host_class.forward).parameters.values())
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    options = [str(p) for i, p in enumerate(taken) if i > 1 or p.kind in many]
+    if options:
+        raise MergeError(
+            f"A host's forward must take its input alone to be merged, but that of"
+            f" {layer.host_class.__name__} at {name!r} also takes {listed(options)}, with which the"
+            " update might not follow. Nothing was changed; keep this layer unmerged."
+        )
+    weight = own_weight(layer)
+    x = layer.lora_probe(torch.Generator("cpu").manual_seed(0))
+    try:
+        before = layer.host_class.forward(layer, x)
+        layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+        after = layer.host_class.forward(layer, x)
+    finally:
+        layer._parameters["weight"] = weight
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        raise MergeError(
+            f"A host must return a tensor to be merged, but {layer.host_class.__name__} at {name!r}"
+            f" returns {type(before).__name__}. Nothing was changed; keep this layer unmerged."
+        )
+    asked, got = layer.lora_addition(x, before), after.double() - before.double()
+    eps = torch.finfo(weight.dtype).eps
+    bound = 64 * eps * float(before.double().norm() + asked.norm())
+    if not bool((asked - got).norm() <= bound):
+        raise MergeError(
+            f"A host's output must follow its weight to be merged, but the forward of"
+            f" {layer.host_class.__name__} at {name!r} makes something else of it. Nothing was"
+            " changed; keep this layer unmerged."
+        )
