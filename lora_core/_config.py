@@ -28,6 +28,7 @@ class AdapterConfig:
         dtype: Type the factors are stored in.
         rslora: Whether the scale divides by the rank's square root.
         dora: Whether the rows of the adapted weight have lengths of their own.
+        dora_in: Whether the columns have them instead, as in files of LyCORIS before version 4.
         bias: Whether the adapter adds to the layer's bias.
         tucker: Whether a convolution's update has a core of its own between two 1x1 factors.
         rank_dropout: Probability of dropping one of the ranks for a sample while training.
@@ -45,6 +46,7 @@ class AdapterConfig:
     dtype: torch.dtype
     rslora: bool = False
     dora: bool = False
+    dora_in: bool = False
     bias: bool = False
     tucker: bool = False
     rank_dropout: float = 0.0
@@ -76,7 +78,8 @@ class AdapterConfig:
         return (
             *("lora_A", "lora_B"),
             *(("lora_mid",) if self.tucker else ()),
-            *(("lora_magnitude",) if self.dora else ()),
+            *(("lora_magnitude",) if self.dora and not self.dora_in else ()),
+            *(("lora_in_magnitude",) if self.dora_in else ()),
             *(("lora_bias",) if self.bias else ()),
             *(("lora_A0", "lora_B0") if self.subtracted else ()),
         )

@@ -90,7 +90,8 @@ class LayerReport:
 # what a report says of settings that not every adapter has
 _SPECIAL: dict[str, Callable[[AdapterConfig], bool]] = {
     "scale: alpha / sqrt(rank)": lambda c: c.rslora,
-    "DoRA: lengths of rows": lambda c: c.dora,
+    "DoRA: lengths of rows": lambda c: c.dora and not c.dora_in,
+    "DoRA: lengths of columns": lambda c: c.dora_in,
     "bias": lambda c: c.bias,
     "Tucker core": lambda c: c.tucker,
     "dropout of whole ranks": lambda c: c.rank_dropout > 0,

@@ -11,9 +11,10 @@ Metadata: ``format`` = "pt", ``lora_core`` = the JSON value below, and the user'
 Kinds are "linear", "conv", "embedding", and "weight" for a parameter that is read rather than
 called. Optional in a layer: ``dropout``, ``rank_dropout`` and ``module_dropout``; ``rslora``, true
 where the scale is alpha / sqrt(rank) and not alpha / rank; ``dora``, ``bias`` and ``tucker``, true
-where ``lora_magnitude``, ``lora_bias`` or ``lora_mid`` is there; ``init``, where ``lora_A0`` and
-``lora_B0`` are there to be subtracted; and ``aliases``, the other names of a module that has
-several. A key that this reader doesn't know is refused: it may change what the tensors mean.
+where ``lora_magnitude``, ``lora_bias`` or ``lora_mid`` is there; ``dora_in`` beside ``dora``, true
+where it is ``lora_in_magnitude``, lengths of columns; ``init``, where ``lora_A0`` and ``lora_B0``
+are there to be subtracted; and ``aliases``, the other names of a module that has several. A key
+that this reader doesn't know is refused: it may change what the tensors mean.
 """
 
 import json
@@ -41,7 +42,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KEYS = ("version", "adapter", "layers", "base")
 _BASE_KEYS = ("dtype", "samples")
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-_FLAGS = ("rslora", "dora", "bias", "tucker")
+_FLAGS = ("rslora", "dora", "dora_in", "bias", "tucker")
 _LAYER_KEYS = ("alpha", "kind", "rank", *_DROPOUTS, *_FLAGS, "init", "aliases")
 KINDS = ("linear", "conv", "embedding", "weight")
 RESERVED = ("format", "lora_core")
@@ -144,7 +145,7 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     parts = {part: tensors[_key(name, part)] for part in config.parts}
     lora_A, lora_B = parts["lora_A"], parts["lora_B"]
     for part, factor in parts.items():
-        flat = part in ("lora_magnitude", "lora_bias")
+        flat = part in ("lora_magnitude", "lora_in_magnitude", "lora_bias")
         many = factor.ndim == 1 if flat else factor.ndim >= 2
         if not many or factor.dtype not in DTYPES or not factor.numel():
             raise ValueError(
@@ -152,7 +153,7 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
                 " a floating matrix of 16 bits or more is needed"
             )
     down, up = (-2, -1) if kind == "weight" else (0, 1)
-    dtypes = {factor.dtype for part, factor in parts.items() if part != "lora_magnitude"}
+    dtypes = {factor.dtype for part, factor in parts.items() if not part.endswith("magnitude")}
     ranks = {lora_A.shape[down], lora_B.shape[up]}
     if ranks != {rank} or rank is True or len(dtypes) > 1:
         raise ValueError(

@@ -18,10 +18,10 @@ from lora_core._config import (
     check_rank,
 )
 from lora_core._errors import ConfigError
+from lora_core._layers.anatomy import Shape
 from lora_core._layers.mixin import (
     KINDS,
     LoRAMixin,
-    Shape,
     TransposedLoRAMixin,
     adapted_class,
 )
@@ -29,7 +29,10 @@ from lora_core._layers.norms import length_of
 from lora_core._layers.state import NOTHING, Strength
 from lora_core._layers.weights import LoRAWeight, Slot
 
-PARTS = ("lora_A", "lora_B", "lora_mid", "lora_magnitude", "lora_bias", "lora_A0", "lora_B0")
+PARTS = (
+    *("lora_A", "lora_B", "lora_mid", "lora_magnitude", "lora_in_magnitude", "lora_bias"),
+    *("lora_A0", "lora_B0"),
+)
 
 
 def mixin_for(module: nn.Module | Slot) -> type[LoRAMixin] | None:
@@ -260,7 +263,7 @@ def _values(
         core = values["lora_mid"][:rank, :rank]
         bound = 1 / math.sqrt(core[0].numel())
         core.uniform_(-bound, bound, generator=generator)
-    if config.dora:
+    if config.dora and not config.dora_in:
         assert isinstance(module, nn.Module)
         values["lora_magnitude"] = length_of(module, mixin.lora_matrix(weight)).clone()
     mixin.lora_tidy(module, values)  # type: ignore[arg-type]

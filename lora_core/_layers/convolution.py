@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._layers.adopting import Adopting, plain_attributes
-from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin, Shape
+from lora_core._layers.anatomy import Shape
+from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin
 from lora_core._layers.state import Update
 
 
@@ -40,6 +41,7 @@ class ConvMixin(LoRAMixin):
             "lora_B": (out, rank, *ones),
             "lora_mid": (rank, rank, *kernel),
             "lora_magnitude": (out,),
+            "lora_in_magnitude": (size,),
             "lora_bias": (out,),
             "lora_A0": down,
             "lora_B0": (out, rank, *ones),
@@ -98,6 +100,19 @@ class ConvMixin(LoRAMixin):
     def lora_channels(self, values: Tensor, out: Tensor) -> Tensor:  # noqa: ARG002
         """Values per output channel, as they broadcast to an output, batched or not."""
         return values.view(*values.shape, *[1] * (self.weight.ndim - 2))
+
+    def lora_columns(self, values: Tensor) -> Tensor:
+        """Values per input channel."""
+        return values.view(-1, *[1] * (self.weight.ndim - 2))
+
+    def lora_through_weight(self, x: Tensor, columns: Tensor) -> Tensor:
+        """The convolution of an input whose channels are multiplied by `columns`."""
+        host: Any = self
+        weight = self.weight.to(columns.dtype)
+        through: Tensor = host._conv_forward(
+            x.to(columns.dtype) * self.lora_columns(columns), weight, None
+        )
+        return through
 
     def lora_samples(self, x: Tensor) -> int | None:
         """The batch, None for an input without one."""

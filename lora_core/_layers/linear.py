@@ -64,7 +64,7 @@ class LoRALinear(Adopting, nn.Linear):
 
 def is_fused(active: Active) -> bool:
     """Whether all that is active is one update, which a fused form adds to the base itself."""
-    return len(active.updates) == 1 and active.stretch is None and active.bias is None
+    return len(active.updates) == 1 and not any(part is not None for part in active[1:])
 
 
 ADAPTED[nn.Linear] = LoRALinear

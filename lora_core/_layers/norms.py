@@ -45,7 +45,8 @@ def _some(t: Tensor) -> Tensor:
     return t.detach()[:: max(1, t.numel() // _ENOUGH)]
 
 
-# layer -> adapter (or "" for the bare weight) -> its norms; no part of the layer's own state
+# layer -> adapter (or "" for the bare weight; of columns after a ".") -> its norms; no part of the
+# layer's own state
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, _Known]] = weakref.WeakKeyDictionary()
 
 
@@ -58,11 +59,40 @@ def norm_of(
     gain: Tensor | float,
 ) -> Tensor:
     """The rows' norms of ``matrix + gain * lora_B @ lora_A``, a constant to autograd."""
-    parts = layer.lora_configs[name].parts  # type: ignore[index, union-attr]
-    keys = ("weight", *(f"{part}_{name}" for part in _DIRECTION if part in parts))
     return _known(
-        layer, name, keys, gain, lambda: functional.dora_norm(matrix, lora_A, lora_B, gain)
+        layer,
+        name,
+        _keys(layer, name),
+        gain,
+        lambda: functional.dora_norm(matrix, lora_A, lora_B, gain),
     )
+
+
+def _keys(layer: nn.Module, name: str) -> tuple[str, ...]:
+    """The parameters that an adapter's weight is made from, of the bare weight where it is ""."""
+    parts = layer.lora_configs[name].parts if name else ()  # type: ignore[index, union-attr]
+    return ("weight", *(f"{part}_{name}" for part in _DIRECTION if part in parts))
+
+
+def column_norm_of(
+    layer: nn.Module, name: str, gain: Tensor | float, make: Callable[[], Tensor]
+) -> Tensor:
+    """The norms of what `make` gives over all dimensions but the second, a constant to autograd.
+
+    Args:
+        layer: The layer.
+        name: The adapter in it, "" for the bare weight.
+        gain: What its update is multiplied by.
+        make: The weight, with the update of that adapter.
+    """
+
+    def norms() -> Tensor:
+        weight = make()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        found: Tensor = torch.linalg.vector_norm(wide, dim=[d for d in range(wide.ndim) if d != 1])
+        return found
+
+    return _known(layer, f".{name}", _keys(layer, name), gain, norms)
 
 
 def length_of(layer: nn.Module, matrix: Tensor) -> Tensor:

@@ -85,8 +85,10 @@ class Active(NamedTuple):
         updates: Low-rank updates.
         stretch: How much of the host's output without its bias is added to it, (out,).
         bias: What is added to every position, (out,) or (batch, out).
+        columns: How much of each input feature the host's matrix takes once more, (in,).
     """
 
     updates: list[Update]
     stretch: Tensor | None = None
     bias: Tensor | None = None
+    columns: Tensor | None = None

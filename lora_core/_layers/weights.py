@@ -15,8 +15,9 @@ from torch.fx import Proxy
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
+from lora_core._layers.anatomy import Shape
 from lora_core._layers.calling import checked, node_of
-from lora_core._layers.mixin import KINDS, LoRAMixin, Shape, swap
+from lora_core._layers.mixin import KINDS, LoRAMixin, swap
 from lora_core.kernels.norms import without_autocast
 
 CHILD = "lora_at"  # what the child that carries the factors is called in its owner
