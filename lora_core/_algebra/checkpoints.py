@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_core._errors import ConfigError, CorruptFileError, listed
-from lora_core._formats import container
+from lora_core._formats import container, sniffing
 
 SUFFIX = ".safetensors"
 INDEX = f"{SUFFIX}.index.json"
@@ -140,7 +140,11 @@ def _entries(path: Path) -> dict[str, Entry]:
             size = struct.unpack("<Q", file.read(8))[0]
             header = container.strict_json(file.read(size))
         except (safetensors.SafetensorError, ValueError, struct.error) as error:
-            container._refuse(path, str(error), start)
+            looks = sniffing.looks_like(start)
+            hint = f"It looks like {looks}." if looks else "Fetch or save it again."
+            raise CorruptFileError(
+                f"{str(path)!r} must be a whole safetensors file, but is not ({error}). {hint}"
+            ) from error
     header.pop("__metadata__", None)
     first = 8 + size
     return {

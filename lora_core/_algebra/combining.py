@@ -177,11 +177,12 @@ def _check(
             f"`rank` must be given where `method` is {method!r}: what it makes has any rank."
         )
     spelt = [
-        ", ".join(sorted({layer.spelling for layer in adapter.layers.values()}))
+        (adapter.name, ", ".join(sorted({layer.spelling for layer in adapter.layers.values()})))
         for adapter in adapters
+        if adapter.layers
     ]
-    if len(set(spelt)) > 1:
-        shown = [f"{a.name}: {how}" for a, how in zip(adapters, spelt, strict=True)]
+    if len({how for _, how in spelt}) > 1:
+        shown = [f"{name}: {how}" for name, how in spelt]
         raise MismatchError(
             f"Adapters must spell the names of modules alike to be combined, but do it as"
             f" {listed(shown)}. Load each into the model and save it again."
@@ -207,9 +208,12 @@ def _summed(
         made = rebuilt(
             like, (lora_A, lora_B), gain * lora_A.shape[-2], dtype, among=among, bias=bias
         )
-        exact = dtype.itemsize >= 4 or not any(part.weight for part in alive)
-        asked = _asked(alive)
-        return made, 0.0 if exact else distance(asked, scaled(made))
+        kept = all(
+            torch.equal(f, stored.to(f.dtype))
+            for f, stored in zip((lora_A, lora_B), matrices(made), strict=True)
+        )
+        error = 0.0 if kept or dtype.itemsize >= 4 else distance(_asked(alive), scaled(made))
+        return made, error
     wide_A, wide_B = _asked(alive)
     found = spectrum(wide_A, wide_B)
     limit = Limit(rank=most) if limit is None else limit
