@@ -109,12 +109,14 @@ class Kind:
         options: What `inject` is called with.
         inputs: Makes an input of so many samples, the batch first.
         excused: What does not work, and why not.
+        several: Whether it has several sites, which read their selections one after another.
     """
 
     build: Callable[[], nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[int], Tensor] = vectors
     excused: Mapping[str, str] = field(default_factory=dict)
+    several: bool = False
 
     def excuse(self, what: str) -> None:
         """Skips the test if a kind of layer does without this."""
@@ -153,7 +155,6 @@ class Kind:
 RECURRENT = {"vmap": "torch has no rule for it", "compile": "torch refuses recurrent layers"}
 # what can't be
 FROM_VALUES = {"meta": "it is drawn from the weight's values"}
-SEVERAL = {"switch": "its sites read their selections one after another"}
 
 ZOO: dict[str, Kind] = {
     "linear": Kind(lambda: Model(nn.Linear(8, 6)), {"targets": "site"}),
@@ -195,7 +196,7 @@ ZOO: dict[str, Kind] = {
     "attention-packed": Kind(
         lambda: Attention(nn.MultiheadAttention(8, 2, batch_first=True)),
         {"targets": ["q_proj_weight", "v_proj_weight", "out_proj"]},
-        excused=SEVERAL,
+        several=True,
     ),
     "attention-whole": Kind(
         lambda: Attention(nn.MultiheadAttention(8, 2, batch_first=True)),
@@ -204,17 +205,18 @@ ZOO: dict[str, Kind] = {
     "attention-apart": Kind(
         lambda: Beside(nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)),
         {"targets": ["k_proj_weight", "out_proj"]},
-        excused=SEVERAL,
+        several=True,
     ),
     "encoder-layer": Kind(
         lambda: Model(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)),
         {"targets": ["linear1", "in_proj_weight"]},
-        excused=SEVERAL,
+        several=True,
     ),
     "gru": Kind(
         lambda: Recurrent(nn.GRU(8, 6, batch_first=True)),
         {"targets": ["weight_ih_l0", "weight_hh_l0"]},
-        excused={**RECURRENT, **SEVERAL},
+        excused=RECURRENT,
+        several=True,
     ),
     "lstm": Kind(
         lambda: Recurrent(nn.LSTM(8, 6, batch_first=True)),
