@@ -107,26 +107,18 @@ def plan(
     """
     return draw_up(
         model,
-        {
-            "rank": rank,
-            "alpha": alpha,
-            "dropout": dropout,
-            "dtype": dtype,
-            "rslora": rslora,
-            "dora": dora,
-            "bias": bias,
-            "tucker": tucker,
-            "rank_dropout": rank_dropout,
-            "module_dropout": module_dropout,
-            "init": init,
-            "reserve_rank": reserve_rank,
-        },
+        settings_of(locals()),
         targets=targets,
         exclude=exclude,
         rules={} if rules is None else rules,
         name=name,
         freeze=freeze,
     )[0]
+
+
+def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among a function's arguments."""
+    return {key: arguments[key] for key in _SETTINGS}
 
 
 def draw_up(

@@ -13,7 +13,7 @@ from lora_core._adapters import layers_with, scopes
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
 from lora_core._injection.guarding import is_guarded, settle
-from lora_core._injection.planning import draw_up
+from lora_core._injection.planning import draw_up, settings_of
 from lora_core._injection.sampling import sampled
 from lora_core._injection.targets import Patterns
 from lora_core._layers import (
@@ -89,20 +89,7 @@ def inject(
         >>> [n for n, p in block.named_parameters() if p.requires_grad]
         ['to_q.lora_A_default', 'to_q.lora_B_default']
     """
-    settings = {
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": dropout,
-        "dtype": dtype,
-        "rslora": rslora,
-        "dora": dora,
-        "bias": bias,
-        "tucker": tucker,
-        "rank_dropout": rank_dropout,
-        "module_dropout": module_dropout,
-        "init": init,
-        "reserve_rank": reserve_rank,
-    }
+    settings = settings_of(locals())
     report, chosen, modules = draw_up(
         model,
         settings,
