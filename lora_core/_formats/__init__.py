@@ -1,5 +1,6 @@
 """LoRA files of every kind, read into one neutral form and written from it."""
 
 from lora_core._formats.neutral import Adapter, AdapterLayer
+from lora_core._formats.reading import read
 
-__all__ = ["Adapter", "AdapterLayer"]
+__all__ = ["Adapter", "AdapterLayer", "read"]
