@@ -358,6 +358,26 @@ def test_a_list_that_only_points_at_the_model_or_its_parts_hides_nothing():
     assert plan(model[1], targets="*").left_out.keys() == {"peers.0"}
 
 
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [
+        (lambda: nn.ConvTranspose1d(3, 4, 2), nn.ConvTranspose1d),
+        (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 2)), "0"),
+        (lambda: nn.Sequential(nn.Bilinear(3, 4, 5)), "0"),
+        (lambda: nn.Sequential(nn.MultiheadAttention(6, 2)), "0"),
+        (lambda: nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6))}), "a"),
+        (lambda: nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6))}), nn.ModuleDict),
+    ],
+    ids=["root", "transposed", "bilinear", "attention", "container", "root container"],
+)
+def test_what_an_error_says_to_write_is_a_target(model, target):
+    with pytest.raises(UnsupportedLayerError, match="matches only ") as refused:
+        plan(model(), rank=2, targets=target)
+    repair = re.search(r"write '(.*)'\.$", str(refused.value))
+    assert repair
+    assert plan(model(), rank=2, targets=repair[1]).layers
+
+
 # -- the whole model is a layer
 
 
@@ -671,6 +691,39 @@ def test_a_layer_parametrized_after_it_was_adapted_still_adds_its_update():
     assert_close(model(x), nn.functional.linear(x, weight + B @ A, bias))
     with pytest.raises(MergeError, match=f"^{re.escape(NOT_STORED)}$"):
         lora_core.merge(model)
+
+
+# -- compiled away
+
+SCRIPTED = "is a TorchScript module, whose class can't change. Adapt it before scripting."
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, vectors())])
+def test_a_scripted_layer_is_passed_over_with_a_reason_and_refused_by_name(script, portrait):
+    model = nn.Sequential(nn.Linear(6, 6), script(nn.Linear(6, 6)))
+    report = plan(model, rank=2, targets=nn.Linear)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert report.left_out == {"1": SCRIPTED}
+    said = (
+        f"Every layer that `targets` names must be adaptable, but '1' ({type(model[1]).__name__})"
+    )
+    for targets in ("1", "*"):
+        with pytest.raises(
+            UnsupportedLayerError, match=f"^{re.escape(said)} {re.escape(SCRIPTED)}$"
+        ):
+            inject(model, rank=2, targets=targets)
+    for targets in ("1.weight", "weight"):  # what only its own code reads
+        with pytest.raises(TargetError, match="^`targets` must match a layer, but"):
+            inject(model, rank=2, targets=targets)
+    assert not any("lora_" in name for name in model.state_dict())
+    x = vectors()
+    plain = model(x)
+    inject(model, rank=2, targets="0", freeze=False)
+    perturb(model)
+    assert (model(x) - plain).abs().max() > 1e-3
+    lora_core.eject(model)
+    assert torch.equal(model(x), plain)
 
 
 # -- lazy

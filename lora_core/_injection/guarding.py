@@ -64,7 +64,7 @@ def _uncalled(model: nn.Module) -> list[LoRAMixin]:
         seen.add(module)
         if isinstance(module, LoRAMixin):
             found.append(module)
-        elif type(module).forward in _HOLD:
+        elif getattr(type(module), "forward", None) in _HOLD:  # a scripted class has none
             left += [child for child in module._modules.values() if child is not None]
     return found
 

@@ -74,11 +74,14 @@ def _targeted(
         others = [] if hits else [c for c in candidates if not c.adaptable and matches(pattern, c)]
         if others:
             first = others[0]
-            inside = [c.name for c in adaptable if c.name.startswith(f"{first.name}.".lstrip("."))]
+            inside = [c for c in adaptable if c.name.startswith(f"{first.name}.".lstrip("."))]
+            every = f"{first.name}.*".lstrip(".")
+            # a raw parameter answers to its own name alone
+            named = every if any(not c.raw for c in inside) else inside[0].name if inside else ""
             raise UnsupportedLayerError(
                 f"`targets` must match an adaptable layer or parameter, but {shown(pattern)}"
                 f" matches only {type(first.module).__name__} at {first.name!r}."
-                + (f" It holds {listed(inside)}: write '{first.name}.*'." if inside else "")
+                + (f" It holds {listed(c.name for c in inside)}: write {named!r}." if named else "")
             )
         if not hits:
             raise _no_match("targets", pattern, adaptable, "adaptable layers")

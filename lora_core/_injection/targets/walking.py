@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import nn
 
 from lora_core._adapters import clean
@@ -59,6 +60,11 @@ def walk(model: nn.Module) -> list[Candidate]:
                     tuple(names), module, True, "", owners, _is_raw(module.owner, module.lora_label)
                 )
             )
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
+            problem = why_not(module) if has_matrix else ""
+            found.append(Candidate(tuple(names), module, has_matrix, problem, (module,)))
             continue
         adaptable = mixin_for(module) is not None
         readers = _readers(parents) if adaptable else []
