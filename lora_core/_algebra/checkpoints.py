@@ -1,6 +1,7 @@
 """Checkpoints read and rewritten tensor by tensor: one safetensors file, or several shards."""
 
 import errno
+import glob
 import os
 import shutil
 import stat
@@ -246,6 +247,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` with all that was put into it, when the block ends well."""
     target = Path(os.path.realpath(path))
+    for old in target.parent.glob(f".{glob.escape(target.name[:200])}.{container._host()}.*.*.tmp"):
+        pid = old.name.split(".")[-3]
+        if old.is_dir() and pid.isdigit() and not container._alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)  # a killed process's
     temporary = temporary_name(target)
     temporary.mkdir()
     try:

@@ -145,9 +145,10 @@ def extract(
             tell(layer.name, result.settings.rank, lost)
         left = _left(layers, *sides)
     if not made:
+        others = f"; what differs is {listed(left)}" if left else ""
         raise MismatchError(
             f"`tuned` must differ from `base` in a weight, but all {len(layers)} that can have an"
-            f" update are equal; {len(left)} others differ: {listed(left)}."
+            f" update are equal{others}. Give two states of one model."
         )
     notes: tuple[str, ...] = (
         f"extracted with a relative error of {tell.worst:.2e} at most in a layer",
@@ -224,10 +225,15 @@ def _layers(base: _Side, tuned: _Side) -> list[_Layer]:
 
 
 def _of_model(model: nn.Module, tensors: frozenset[str]) -> Iterator[_Layer]:
+    found = []
     for candidate in walk(model):
         place, mixin = place_of(candidate.name, tensors), mixin_for(candidate.module)
         if candidate.adaptable and not candidate.problem and place and mixin is not None:
-            yield _Layer(candidate.name, place, mixin.lora_kind, mixin.lora_matrix)
+            found.append(_Layer(candidate.name, place, mixin.lora_kind, mixin.lora_matrix))
+    packed = {layer.place.tensor for layer in found if layer.place.part is not None}
+    for layer in found:  # by its parts, or whole
+        if layer.place.part is not None or layer.place.tensor not in packed:
+            yield layer
 
 
 def _of_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: frozenset[str]) -> Iterator[_Layer]:
