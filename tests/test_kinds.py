@@ -346,3 +346,89 @@ def test_a_packed_weight_is_adapted_whole_or_by_its_parts():
     lora_core.inject(model, rank=2, targets="q_proj_weight")
     with pytest.raises(UnsupportedLayerError, match=said):
         lora_core.inject(model, rank=2, targets="in_proj_weight", name="b")
+
+
+def cast(kind: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any], tuple[Tensor, ...]]:
+    model, options, inputs = built(kind)
+    return (
+        model.to(dtype),
+        options,
+        tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs),
+    )
+
+
+# how far a merged model's output may be from the adapted one's, relative to the largest number
+DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@cases
+@dtypes
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fresh_adapter_changes_no_bit_in_any_dtype_or_mode(kind, extra, dtype, training):
+    model, options, inputs = cast(kind, dtype)
+    model.train(training)
+    plain = first(model(*inputs))
+    lora_core.inject(model, **options, **extra)
+    assert torch.equal(first(model(*inputs)), plain)
+
+
+@cases
+@dtypes
+def test_merged_weights_are_rounded_once_and_come_back_in_any_dtype(kind, extra, dtype):
+    model, options, inputs = cast(kind, dtype)
+    lora_core.inject(model, **options, **extra)
+    trained(model)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    adapted = first(model(*inputs)).double()
+    layers = [m for m in model.modules() if hasattr(m, "lora_configs")]
+    sums = [(m.weight.double() + m.lora_delta().double()).to(dtype) for m in layers]
+    lora_core.merge(model)
+    eps = torch.finfo(dtype).eps
+    for layer, exact in zip(layers, sums, strict=True):
+        off = (layer.weight.double() - exact.double()).abs()
+        if dtype in (torch.float16, torch.bfloat16):
+            assert (off > 0).double().mean() <= 0.01
+        assert off.max() <= 4 * eps * exact.double().abs().max()
+    error = (first(model(*inputs)).double() - adapted).abs().max()
+    assert error <= DTYPES[dtype] * adapted.abs().max()
+    lora_core.unmerge(model)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "embedding", "attention", "experts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_many_adapters_merged_in_turn_and_far_larger_than_the_weight_leave_no_trace(kind, dtype):
+    model, options, _ = cast(kind, dtype)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for cycle in range(20):
+        lora_core.inject(model, **options, name=f"a{cycle % 3}")
+        with torch.no_grad():
+            for p in lora_core.parameters(model):
+                p.copy_(3 * torch.randn_like(p))
+        lora_core.merge(model)
+        lora_core.unmerge(model)
+        lora_core.eject(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [k for k in ZOO if k not in ("root", "encoder layer")])
+def test_the_gradients_of_every_kind_are_the_numerical_ones(kind):
+    model, options, inputs = cast(kind, torch.float64)
+    if kind == "embedding":  # the entry at `padding_idx` is looked up, but learns nothing
+        inputs = (inputs[0].clamp_min(1),)
+    lora_core.inject(model, **options)
+    trained(model)
+    parameters = dict(model.named_parameters())
+    names = [n for n in parameters if n.rpartition(".")[2].startswith("lora_")]
+    leaves = [x.requires_grad_() for x in inputs if x.is_floating_point()]
+
+    def call(*values: Tensor) -> Tensor:
+        given = values[len(names) :] or inputs
+        own = dict(zip(names, values, strict=False))
+        return first(torch.func.functional_call(model, own, given))
+
+    factors = [parameters[n].detach().requires_grad_() for n in names]
+    assert len(factors) >= 2
+    assert torch.autograd.gradcheck(call, (*factors, *leaves), fast_mode=True)
