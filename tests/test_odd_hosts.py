@@ -1,7 +1,9 @@
 """Hosts that are odd: tied, shared, hooked, patched, computed, lazy, packed. Right, or refused."""
 
 import copy
+import itertools
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -907,3 +909,189 @@ def test_an_integer_weight_without_a_forward_of_its_own_is_refused():
     said = "`linear` must be adaptable, but has a weight that is no floating-point tensor. Exclude"
     with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(said)}"):
         LoRALinear(layer, rank=2)
+
+
+# -- attention in every form
+
+FORMS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "with keys of its own": {"add_bias_kv": True},
+    "with a zero to attend to": {"add_zero_attn": True},
+    "without biases": {"bias": False},
+    "apart": {"kdim": 6, "vdim": 4},
+    "batch first": {"batch_first": True},
+}
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "without weights": {"need_weights": False},
+    "each head's weights": {"average_attn_weights": False},
+    "masked": {"attn_mask": torch.ones(5, 7, dtype=torch.bool).triu(3)},
+    "padded": {"key_padding_mask": torch.arange(7).expand(3, 7) > 4},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_in_any_form_gives_what_the_merged_one_gives_and_learns(form, call):
+    options = FORMS[form]
+    attention = seeded(partial(nn.MultiheadAttention, 8, 2, **options))
+    q, kv = torch.randn(5, 3, 8), torch.randn(7, 3, 8)
+    given = [q, kv[..., : options.get("kdim", 8)], kv[..., : options.get("vdim", 8)]]
+    if "batch_first" in options:
+        given = [t.transpose(0, 1) for t in given]
+    run = partial(attention, *given, **CALLS[call])
+    plain = run()[0]
+    inject(attention, rank=2)
+    assert_close(run()[0], plain)
+    perturb(attention)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            adapted = run()
+            assert (adapted[0] - plain).abs().max() > 1e-3
+            lora_core.merge(attention)
+            merged = run()
+            lora_core.unmerge(attention)
+            for got, want in zip(adapted, merged, strict=True):
+                assert_close(got, want, atol=1e-5, rtol=1e-4)
+    run()[0].square().sum().backward()
+    assert all(bool((p.grad != 0).any()) for p in lora_core.parameters(attention))
+
+
+# -- what holds whatever the host
+
+
+def test_the_order_in_which_adapters_are_chosen_changes_at_most_a_rounding():
+    layer, x = seeded(partial(nn.Linear, 64, 48)).double(), torch.randn(9, 64).double()
+    strengths = {"a": 0.3, "b": -1.0, "c": 0.7}
+    for name in strengths:
+        inject(layer, rank=4, targets=nn.Linear, name=name)
+    perturb(layer)
+    weight = layer.weight + sum(
+        s * layer.lora_factors(name)[1] @ layer.lora_factors(name)[0]
+        for name, s in strengths.items()
+    )
+    expected = nn.functional.linear(x, weight, layer.bias)
+    for order in itertools.permutations(strengths):
+        lora_core.scales(layer, **{name: strengths[name] for name in order})
+        assert_close(layer(x), expected, rtol=1e-13, atol=1e-12)
+
+
+def test_other_adapters_and_the_new_ones_name_change_no_bit_of_its_first_factors():
+    def first(*, earlier: bool, name: str, targets: Any) -> Tensor:
+        model = seeded(lambda: nn.ModuleDict({n: nn.Linear(6, 6) for n in "pqr"}))
+        if earlier:
+            inject(model, rank=3, targets="*", name="earlier")
+        torch.manual_seed(9)
+        inject(model, rank=2, targets=targets, name=name)
+        return model["q"].lora_factors(name)[0]
+
+    wanted = first(earlier=False, name="a", targets="q")
+    for earlier, name, targets in itertools.product(
+        (True, False), ("a", "b"), ("*", ["r", "q"], ["q", "p", "r"])
+    ):
+        assert torch.equal(first(earlier=earlier, name=name, targets=targets), wanted)
+
+
+@pytest.mark.parametrize("targets", ["0", "*"])
+def test_what_was_merged_is_what_is_taken_back_whatever_the_factors_are_by_then(targets):
+    model, x = seeded(twice), vectors()
+    inject(model, rank=2, targets=targets)
+    perturb(model)
+    before = bits(model)
+    lora_core.merge(model)
+    merged = model(x)
+    with torch.no_grad():
+        for p in lora_core.parameters(model):
+            p.mul_(-3).add_(1)
+    assert torch.equal(model(x), merged)
+    lora_core.unmerge(model)
+    assert same(bits(model), before)
+    changed = model(x)
+    assert (changed - merged).abs().max() > 1e-3
+    merges(model, x, changed)
+
+
+def test_a_model_in_shared_memory_computes_and_learns_the_same():
+    model, x = seeded(twice), vectors()
+    inject(model, rank=2, targets="0")
+    perturb(model)
+    expected = model(x)
+    model.share_memory()
+    assert all(p.is_shared() for p in model.parameters())
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in lora_core.parameters(model))
+    lora_core.merge(model)
+    assert_close(model(x), expected)
+    lora_core.unmerge(model)
+    lora_core.eject(model)
+
+
+def test_the_file_that_an_adapter_came_from_may_be_saved_over(tmp_path):
+    path = tmp_path / "a.safetensors"
+    model, twin = seeded(twice), seeded(twice)
+    inject(model, rank=2, targets="0")
+    perturb(model)
+    lora_core.save(model, path)
+    first = path.read_bytes()
+    lora_core.load(twin, path)
+    lora_core.save(twin, path)
+    assert path.read_bytes() == first
+    perturb(twin)
+    lora_core.save(twin, path)
+    lora_core.eject(model)
+    lora_core.load(model, path)
+    assert torch.equal(model(vectors()), twin(vectors()))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def interrupted_at(call: Callable[[], object], k: int) -> bool:
+    """Runs `call`, with a KeyboardInterrupt at its k-th line of the library; whether it hit."""
+    left, ours = k, str(Path(lora_core.__file__).parent)
+
+    def trace(frame: Any, event: str, arg: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(ours):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_of_a_load_leaves_the_model_before_or_after(tmp_path, portrait):
+    path = tmp_path / "a.safetensors"
+    model, x = seeded(two_of_one_weight), vectors()
+    plain, before = model(x), portrait(model)
+    inject(model, rank=1, targets="*")
+    perturb(model)
+    adapted = model(x)
+    lora_core.save(model, path)
+    lora_core.eject(model)
+    outcomes = {"before": 0, "after": 0}
+    for k in range(1, 10**6, 3):
+        if not interrupted_at(lambda: lora_core.load(model, path), k):
+            break
+        if portrait(model) == before:
+            outcomes["before"] += 1
+            assert torch.equal(model(x), plain)
+        else:
+            outcomes["after"] += 1
+            assert torch.equal(model(x), adapted), f"half loaded at line {k}"
+            lora_core.eject(model)
+            assert portrait(model) == before
+    assert outcomes["before"] > 150
+    assert outcomes["after"] > 0
+    assert torch.equal(model(x), adapted)  # the load that nothing interrupted
