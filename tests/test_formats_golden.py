@@ -163,7 +163,7 @@ REFUSED = {
     "is_git_lfs_pointer": (UnsupportedFileError, "It looks like a git-lfs pointer"),
     "is_pickle_named": (UnsupportedFileError, "It looks like a zip archive, as torch.save writes"),
     "missing_up": (CorruptFileError, f"must have both factors, but '{STEM}' has only the down"),
-    "peft_default_in_key": (ConfigError, f"is missing for 1 modules, '{UNET}': this kind of file"),
+    "peft_default_in_key": (ConfigError, f"is missing for '{UNET}': this kind of file"),
     "rank_mismatch": (CorruptFileError, f"'{STEM}' in '.*' must be .* down (4, 16) and up (16, 3)"),
     "st_duplicate_key": (CorruptFileError, "its header is not valid: a key stands twice"),
     "st_header_deep_nesting": (CorruptFileError, "is not valid: it is nested too deeply"),

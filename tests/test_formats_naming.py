@@ -269,4 +269,4 @@ def test_both_spellings_of_every_module_resolve(family: str) -> None:
         layers = {s: layer(s.removeprefix("lora_unet_"), "unet", "stem") for s in stems}
         there = resolve(layers, live)
         assert not there.missing
-        assert {path for _, path in there.found.values()} == set(h.path for h in live["unet"])
+        assert {path for _, path in there.found.values()} == {h.path for h in live["unet"]}

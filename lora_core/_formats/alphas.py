@@ -77,7 +77,6 @@ class Alphas:
         if self._missing:
             raise ConfigError(
                 f"`alpha` must be given for {self._where!r}, but is missing for"
-                f" {len(self._missing)} modules, {listed(self._missing)}: this kind of file stores"
-                " none, and the scale is alpha / rank. Pass alpha=, a number or a dict by module,"
-                " as it was trained."
+                f" {listed(self._missing)}: this kind of file stores none, and the scale is"
+                " alpha / rank. Pass alpha=, a number or a dict by module, as it was trained."
             )

@@ -105,6 +105,7 @@ def layer(
     *,
     rslora: bool = False,
     embedding: bool = False,
+    transposed: bool = False,
 ) -> AdapterLayer:
     """The layer that these factors and the module's other tensors make.
 
@@ -148,6 +149,7 @@ def layer(
         path=key.path,
         spelling=key.spelling,
         alpha_from=alpha[1],
+        transposed=transposed and kind == "matrix",
     )
 
 

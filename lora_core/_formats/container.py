@@ -55,6 +55,20 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, header.get("__metadata__") or {}
 
 
+def keys(path: Path) -> list[str]:
+    """The names in a safetensors file's header; nothing else of the file is read.
+
+    Raises:
+        CorruptFileError: If the header is damaged.
+        OSError: If it can't be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = int.from_bytes(start, "little")
+        header = _header(start + file.read(min(size, _MAX_HEADER + 1)), path)
+    return [key for key in header if key != "__metadata__"]
+
+
 class NonFiniteError(ValueError):
     """A tensor that is to be packed holds NaN or infinity."""
 

@@ -14,7 +14,7 @@ def dense_delta(
     weight: Tensor,
     *,
     kind: str = "",
-    transposed: bool = False,
+    transposed: bool | None = None,
     strength: float = 1.0,
 ) -> Tensor:
     """What the adapted weight is more than `weight`, in float32 or wider.
@@ -28,7 +28,8 @@ def dense_delta(
         layer: What a file has for it.
         weight: The module's weight.
         kind: "linear", "conv", "embedding" or "weight"; "" tells it by the shapes.
-        transposed: Whether the weight is stored ``(in, out)``, as GPT-2's Conv1D has it.
+        transposed: Whether the weight is stored ``(in, out)``, as GPT-2's Conv1D has it; None
+            goes by what the file says, where that fits.
         strength: What the adapter is multiplied by.
 
     Shape:
@@ -44,6 +45,11 @@ def dense_delta(
         >>> dense_delta("fc", layer, torch.zeros(5, 3)).unique().item()
         4.0
     """
+    if transposed is None:
+        transposed = layer.transposed and weight.shape == (
+            layer.parts["lora_A"].shape[1],
+            layer.parts["lora_B"].shape[0],
+        )
     matrix = weight.T if transposed else weight
     layer = fitted(name, layer, matrix.shape, kind)
     turned = layer.kind == "embedding"

@@ -18,7 +18,8 @@ class AdapterLayer:
             parameter that is read; "matrix" where factors of two dimensions are all that is known.
             "difference" where `parts` are added to the module's parameters of the same names, and
             "values" where they replace them.
-        config: Its settings; None where there are no factors.
+        config: Its settings, where `dora` is of ``lora_magnitude`` alone; None where there are no
+            factors.
         parts: Its tensors by what they are: ``lora_A`` and ``lora_B`` always, ``lora_mid``,
             ``lora_magnitude`` (over outputs), ``lora_magnitude_in`` (over inputs) and
             ``lora_bias`` where the file has them; of a difference or of values ``weight`` and
@@ -29,7 +30,9 @@ class AdapterLayer:
         path: The module's name in that model, as the file spells it; "" where that is its key.
         spelling: How `path` is spelled: "dotted", "stem" with underscores for the dots, or "index"
             for the number that the module has among those that were adapted.
-        alpha_from: Where alpha is from, in words for a report.
+        alpha_from: Where alpha is from, in words for a report; "" where there is none.
+        transposed: Whether the file says that the module stores its weight ``(in, out)``, as
+            GPT-2's Conv1D does; the factors are as ever.
     """
 
     kind: str
@@ -40,6 +43,7 @@ class AdapterLayer:
     path: str = ""
     spelling: str = "dotted"
     alpha_from: str = "the file"
+    transposed: bool = False
 
     @property
     def settings(self) -> AdapterConfig:

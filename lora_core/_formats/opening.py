@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lora_core._config import check_flag
 from lora_core._errors import UnsupportedFileError
-from lora_core._formats import cloneofsimo, container, peft, pickles
+from lora_core._formats import cloneofsimo, container, peft, pickles, refusing
 from lora_core._formats.settings import PeftSettings
 from lora_core._formats.sniffing import is_pickle
 
+_LARGE = 2**30  # bytes, from which on a file is asked what it is before it is read
 # what diffusers calls the file in a folder that it saved
 _LONE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
@@ -49,6 +50,8 @@ def open_file(path: Path, allow_pickle: bool) -> Opened:
     beside = path.parent / peft.CONFIG
     settings = peft.settings(beside) if path.name in peft.WEIGHTS and beside.exists() else None
     if path.suffix.lower() not in pickles.SUFFIXES or not is_pickle(path):
+        if path.is_file() and path.stat().st_size > _LARGE:
+            refusing.refuse_checkpoint(str(path), container.keys(path))
         tensors, metadata = container.read(path)
         return Opened(path, tensors, metadata, settings)
     if not allow_pickle:

@@ -120,9 +120,15 @@ def _layers(
             continue
         if any(tensor.dtype in FLOAT8 for tensor in parts.values()):
             narrow.append(name)
-        rslora = settings is not None and settings.rslora and "alpha" not in parts
+        ours = settings if "alpha" not in parts else None
         layers[name] = layer(
-            module, pair, (value * times, source), where, rslora=rslora, embedding=embedding
+            module,
+            pair,
+            (value * times, source),
+            where,
+            rslora=ours is not None and ours.rslora,
+            embedding=embedding,
+            transposed=ours is not None and ours.transposed,
         )
     alphas.check()
     merged.check([name for name, module in modules.items() if "loralib" in module.families])
@@ -192,7 +198,7 @@ def _format(families: set[str], opened: Opened, layers: Mapping[str, AdapterLaye
         )
         by = opened.metadata.get("ss_network_module", "").startswith("lycoris")
         return "lycoris" if own or by else "kohya"
-    if families & {"dotted"}:
+    if families == {"dotted"}:
         return "dotted kohya"
     if families & {"diffusers", "A/B"}:
         known = diffusers.ENTRY in opened.metadata or "diffusers" in families

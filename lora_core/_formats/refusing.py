@@ -1,7 +1,7 @@
 """What is no LoRA, by its name: other algorithms, embeddings, whole models."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn
 
 from torch import Tensor
@@ -53,6 +53,20 @@ def is_embedding(key: str) -> bool:
     return _EMBEDDING.fullmatch(key) is not None
 
 
+def refuse_checkpoint(where: str, keys: Collection[str]) -> None:
+    """Says so where keys are those of a whole pipeline.
+
+    Raises:
+        UnsupportedFileError: If they are.
+    """
+    whole = [key for key in keys if _CHECKPOINT.fullmatch(key)]
+    if whole:
+        raise UnsupportedFileError(
+            f"{where!r} must hold an adapter, but is a full checkpoint of {len(keys)} tensors:"
+            f" {listed(whole)}. Load it as a model; `extract` makes adapters out of two."
+        )
+
+
 def refuse(
     where: str, others: Mapping[str, Tensor], modules: Sequence[str], embeddings: Sequence[str]
 ) -> NoReturn:
@@ -90,12 +104,7 @@ def refuse(
             f"{where!r} must hold LoRA, but holds embeddings of textual inversion:"
             f" {listed(embeddings)}. Load them into the tokenizer and the text encoder."
         )
-    whole = [key for key in others if _CHECKPOINT.fullmatch(key)]
-    if whole:
-        raise UnsupportedFileError(
-            f"{where!r} must hold an adapter, but is a full checkpoint of {len(others)} tensors:"
-            f" {listed(whole)}. Load it as a model; `extract` makes adapters out of two."
-        )
+    refuse_checkpoint(where, others)
     if others and all(_WEIGHT.fullmatch(key) for key in others):
         raise UnsupportedFileError(
             f"{where!r} must hold an adapter alone, but holds {len(others)} parameters of the model"

@@ -40,6 +40,7 @@ class PeftSettings:
     Attributes:
         alpha: The numerator of the scale; None where the config names none.
         rslora: Whether the scale divides by the rank's square root.
+        transposed: Whether it says that weights are stored ``(in, out)``.
         patterns: Alphas of modules whose path a pattern matches, the first that does.
         source: Where these settings are from, in words for a report.
         unknown: Settings of a name that this reader doesn't know.
@@ -47,6 +48,7 @@ class PeftSettings:
 
     alpha: float | None
     rslora: bool
+    transposed: bool
     patterns: tuple[tuple[re.Pattern[str], float], ...]
     source: str
     unknown: tuple[str, ...] = ()
@@ -89,6 +91,7 @@ class PeftSettings:
             return cls(
                 None if alpha is None else check_finite("lora_alpha", alpha),
                 bool(config.get("use_rslora")),
+                bool(config.get("fan_in_fan_out")),
                 tuple((_pattern(p), check_finite(p, a)) for p, a in patterns.items()),
                 source,
                 tuple(sorted(set(config) - {*_PLAIN, *_OTHER_FORMS})),
