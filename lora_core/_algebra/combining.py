@@ -3,46 +3,19 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from lora_core import functional
-from lora_core._algebra.layers import (
-    check_adapter,
-    check_limit,
-    compatible,
-    cut,
-    deaf,
-    matrices,
-    rebuilt,
-    refuse_nonlinear,
-    scaled,
-    sizes,
-    widened,
-)
+from lora_core._algebra.layers import check_adapter, check_limit
 from lora_core._algebra.methods import METHODS
-from lora_core._algebra.products import (
-    Limit,
-    dense_spectrum,
-    distance,
-    spectrum,
-    subspace_rank,
-)
+from lora_core._algebra.mixing import Part, mixed, summed
 from lora_core._algebra.results import Teller, Told
 from lora_core._config import check_dtype, check_finite, check_name
-from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
-from lora_core._formats import Adapter, AdapterLayer
+from lora_core._errors import ConfigError, MismatchError, listed
+from lora_core._formats import Adapter
 
 Method = Literal["sum", "ties", "dare", "magnitude_prune"]
-
-
-class _Part(NamedTuple):
-    """What one adapter has for a layer, and how much of it is asked for."""
-
-    layer: AdapterLayer
-    weight: float
 
 
 def combine(
@@ -121,17 +94,17 @@ def combine(
     with torch.no_grad():
         for key in names:
             parts = [
-                _Part(adapter.layers[key], weight)
+                Part(adapter.layers[key], weight)
                 for adapter, weight in zip(adapters, weights, strict=True)
                 if key in adapter.layers
             ]
             if method == "sum":
-                layers[key], error = _summed(key, parts, limit, dtype)
+                layers[key], error = summed(key, parts, limit, dtype)
             else:
                 assert limit is not None
                 assert density is not None
                 draw = torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(key.encode()))
-                layers[key], error = _mixed(key, parts, limit, dtype, method, density, draw)
+                layers[key], error = mixed(key, parts, limit, dtype, method, density, draw)
             config = layers[key].config
             tell(key, 0 if config is None else config.rank, error)
     notes = _agreed_notes(adapters)
@@ -187,120 +160,6 @@ def _check(
             f"Adapters must spell the names of modules alike to be combined, but do it as"
             f" {listed(shown)}. Load each into the model and save it again."
         )
-
-
-def _summed(
-    name: str, parts: Sequence[_Part], limit: Limit | None, dtype: torch.dtype | None
-) -> tuple[AdapterLayer, float]:
-    alive = [part for part in parts if part.weight] or parts[:1]
-    if len(alive) == 1 and alive[0].weight == 1 and _fits(alive[0].layer, limit, dtype):
-        return alive[0].layer, 0.0
-    for layer, _ in alive:
-        refuse_nonlinear(name, layer, "combined")
-    like = compatible(name, [layer for layer, _ in alive])
-    dtype = _widest([layer for layer, _ in alive]) if dtype is None else dtype
-    among, bias = [layer for layer, _ in alive], _bias(alive)
-    if len(alive) == 1 and alive[0].weight and _fits(like, limit, dtype):
-        return _multiplied(like, alive[0].weight, bias), 0.0
-    lora_A, lora_B, gain = _stacked(alive)
-    most = min(sizes(like)[-2:])
-    if lora_A.shape[-2] <= (most if limit is None else min(most, limit.rank or most)):
-        made = rebuilt(
-            like, (lora_A, lora_B), gain * lora_A.shape[-2], dtype, among=among, bias=bias
-        )
-        kept = all(
-            torch.equal(f, stored.to(f.dtype))
-            for f, stored in zip((lora_A, lora_B), matrices(made), strict=True)
-        )
-        error = 0.0 if kept or dtype.itemsize >= 4 else distance(_asked(alive), scaled(made))
-        return made, error
-    wide_A, wide_B = _asked(alive)
-    found = spectrum(wide_A, wide_B)
-    limit = Limit(rank=most) if limit is None else limit
-    return cut(found, limit, like, dtype, silent=deaf(wide_A), among=among, bias=bias)
-
-
-def _fits(layer: AdapterLayer, limit: Limit | None, dtype: torch.dtype | None) -> bool:
-    """Whether a layer may stay as it is."""
-    if layer.config is None:
-        return True
-    kept = limit is None or layer.config.rank <= (limit.rank or 0)
-    return kept and dtype in (None, layer.config.dtype)
-
-
-def _multiplied(layer: AdapterLayer, weight: float, bias: Tensor | None) -> AdapterLayer:
-    """The layer at another alpha, which rounds nothing."""
-    alpha = check_finite("weights", layer.settings.alpha * weight)
-    parts = dict(layer.parts)
-    if bias is not None:
-        parts["lora_bias"] = bias.to(parts["lora_bias"].dtype)
-    return replace(layer, config=replace(layer.settings, alpha=alpha), parts=parts)
-
-
-def _stacked(parts: Sequence[_Part]) -> tuple[Tensor, Tensor, float]:
-    """The factors side by side and the scale they share; the largest one's stay as stored."""
-    gains = [weight * layer.settings.scale for layer, weight in parts]
-    factors = [matrices(layer) for layer, _ in parts]
-    common = max(gains, key=abs) or 1.0
-    if len(set(gains)) > 1 or not any(gains):
-        factors = [
-            (A, B if gain == common else widened(B) * (gain / common))
-            for (A, B), gain in zip(factors, gains, strict=True)
-        ]
-    whole_A, whole_B, _ = functional.stack_factors([(A, B, 1.0) for A, B in factors], (-2, -1))
-    return whole_A, whole_B, common
-
-
-def _asked(parts: Sequence[_Part]) -> tuple[Tensor, Tensor]:
-    """The sum as one wide product."""
-    lora_A, lora_B, _ = functional.stack_factors(
-        [(*scaled(layer, weight), 1.0) for layer, weight in parts], (-2, -1)
-    )
-    return lora_A, lora_B
-
-
-def _bias(parts: Sequence[_Part]) -> Tensor | None:
-    """The weighted sum of the biases, None where there is none: a scale is none of theirs."""
-    terms = [
-        widened(layer.parts["lora_bias"]) * weight
-        for layer, weight in parts
-        if "lora_bias" in layer.parts
-    ]
-    return torch.stack(terms).sum(0) if terms else None
-
-
-def _mixed(
-    name: str,
-    parts: Sequence[_Part],
-    limit: Limit,
-    dtype: torch.dtype | None,
-    method: str,
-    density: float,
-    generator: torch.Generator,
-) -> tuple[AdapterLayer, float]:
-    layers = [layer for layer, _ in parts]
-    for layer in layers:
-        refuse_nonlinear(name, layer, "combined")
-        if "lora_bias" in layer.parts:
-            raise UnsupportedLayerError(
-                f"A layer must be factors alone where `method` is {method!r}, but {name!r} has a"
-                " bias as well. Use method='sum'."
-            )
-    like = compatible(name, layers)
-    updates = torch.stack([functional.lora_delta(*scaled(*part)) for part in parts])
-    mixture = METHODS[method](updates, density, generator)
-    found = dense_spectrum(mixture, subspace_rank(mixture, limit), generator)
-    silent = torch.stack([deaf(matrices(layer)[0]) for layer in layers]).all(0)
-    dtype = _widest(layers) if dtype is None else dtype
-    return cut(found, limit, like, dtype, silent=silent, among=layers)
-
-
-def _widest(layers: Sequence[AdapterLayer]) -> torch.dtype:
-    widest = layers[0].parts["lora_A"].dtype
-    for layer in layers:
-        for factor in matrices(layer):
-            widest = torch.promote_types(widest, factor.dtype)
-    return widest
 
 
 def _name(adapters: Sequence[Adapter], name: str | None) -> str:

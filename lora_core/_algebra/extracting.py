@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_core._adapters import clean
 from lora_core._algebra.checkpoints import DTYPES, open_checkpoint
 from lora_core._algebra.hosts import Place, place_of
-from lora_core._algebra.layers import check_limit, cut, deaf, widened
+from lora_core._algebra.layers import check_limit, cut, unheard, widened
 from lora_core._algebra.products import Limit, dense_spectrum, subspace_rank
 from lora_core._algebra.results import Teller, Told
 from lora_core._config import AdapterConfig, check_dtype, check_name
@@ -140,7 +140,7 @@ def extract(
                 AdapterConfig(rank=1, alpha=1.0, dropout=0.0, dtype=dtype),
                 {"lora_A": difference.new_empty(1, *difference.shape[1:], device="meta")},
             )
-            result, lost = cut(found, limit, like, dtype, silent=deaf(matrix))
+            result, lost = cut(found, limit, like, dtype, silent=unheard(layer.kind, matrix))
             made[layer.name] = result
             tell(layer.name, result.settings.rank, lost)
         left = _left(layers, *sides)

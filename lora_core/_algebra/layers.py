@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._algebra.products import Limit, Spectrum, distance
@@ -27,7 +27,10 @@ def check_adapter(what: str, adapter: object) -> Adapter:
             f"`{what}` must be an Adapter, read from a file, but is {type(adapter).__name__}."
         )
     held = {name: list(layer.parts.values()) for name, layer in adapter.layers.items()}
-    bad = non_finite(held) if held else []
+    with torch.no_grad():
+        norm = nn.utils.get_total_norm([t for parts in held.values() for t in parts])
+    # one pass without a copy; it may overflow where no number does
+    bad = [] if bool(norm.isfinite()) else non_finite(held)
     if bad:
         raise ConfigError(
             f"`{what}` must be finite, but {listed(bad)} of {adapter.name!r} holds NaN or infinity."
@@ -210,8 +213,7 @@ def cut(
         limit: How much of that to keep.
         like: As in `rebuilt`.
         dtype: As in `rebuilt`; of a type narrower than float32 the error counts the rounding.
-        silent: Which inputs the update does not hear, as ``(in,)``: it must not hear them later,
-            an embedding's padding for one, whatever rounding makes of their zeros.
+        silent: Which inputs, as ``(in,)``, the update must not hear; see `unheard`.
         rest: As in `rebuilt`.
     """
     rank = limit.chosen(found)
@@ -227,6 +229,9 @@ def cut(
     return made, error
 
 
-def deaf(lora_A: Tensor) -> Tensor:
-    """Which inputs a down-projection has nothing but zeros for, ``(in,)``."""
-    return (lora_A == 0).flatten(0, -2).all(0)
+def unheard(kind: str, lora_A: Tensor) -> Tensor | None:
+    """Which entries of an embedding an update has nothing but zeros for, ``(in,)``.
+
+    Its padding must stay among them, whatever rounding makes of zeros. None for other layers.
+    """
+    return (lora_A == 0).all(0) if kind == "embedding" else None

@@ -5,6 +5,7 @@ kept. Leading dimensions, where there are any, are a batch of matrices that shar
 """
 
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -42,13 +43,14 @@ class Spectrum(NamedTuple):
 
     def tails(self) -> list[float]:
         """The squared norm that is lost at each rank, from 0 on; rounding alone counts as zero."""
-        values = self.S.double()
-        noise = values.amax(-1, keepdim=True) if values.shape[-1] else values
-        noise = noise * _NOISE * torch.finfo(self.S.dtype).eps
-        squares = torch.where(values > noise, values.square(), 0)
-        each = squares.reshape(-1, values.shape[-1]).sum(0)  # (K,)
-        lost = torch.cat([each.flip(0).cumsum(0).flip(0), each.new_zeros(1)])
-        return [float(tail) + self.rest for tail in lost]
+        # in Python: so few numbers are no work for tensors
+        rows: list[list[float]] = self.S.reshape(-1, self.S.shape[-1]).tolist()
+        noise = [_NOISE * torch.finfo(self.S.dtype).eps * row[0] for row in rows]
+        each = [
+            sum(value**2 for value, zero in zip(column, noise, strict=True) if value > zero)
+            for column in zip(*rows, strict=True)
+        ]
+        return [lost + self.rest for lost in accumulate([0.0, *reversed(each)])][::-1]
 
     def error(self, rank: int) -> float:
         """The norm of what is lost at this rank, over the norm of all; 0 where all is zero."""

@@ -8,9 +8,9 @@ from lora_core._algebra.layers import (
     check_adapter,
     check_limit,
     cut,
-    deaf,
     refuse_nonlinear,
     scaled,
+    unheard,
     widened,
 )
 from lora_core._algebra.products import Limit, spectrum
@@ -90,6 +90,6 @@ def _resized(
         limit,
         layer,
         layer.settings.dtype if dtype is None else dtype,
-        silent=deaf(lora_A),
+        silent=unheard(layer.kind, lora_A),
         bias=None if bias is None else widened(bias),
     )
