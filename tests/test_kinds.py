@@ -432,3 +432,19 @@ def test_the_gradients_of_every_kind_are_the_numerical_ones(kind):
     factors = [parameters[n].detach().requires_grad_() for n in names]
     assert len(factors) >= 2
     assert torch.autograd.gradcheck(call, (*factors, *leaves), fast_mode=True)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ZOO)
+def test_factors_of_another_dtype_come_back_from_a_file_in_it(kind, stored, tmp_path: Path):
+    model, options, inputs = built(kind)
+    bare = copy.deepcopy(model)
+    lora_core.inject(model, **options, dtype=stored)
+    trained(model)
+    lora_core.save(model, tmp_path / "a")
+    lora_core.load(bare, tmp_path / "a")
+    factors = lora_core.parameters(model)
+    for mine, theirs in zip(factors, lora_core.parameters(bare), strict=True):
+        assert mine.dtype is theirs.dtype is stored
+        assert torch.equal(mine, theirs)
+    assert torch.equal(first(bare(*inputs)), first(model(*inputs)))
