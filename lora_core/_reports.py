@@ -41,6 +41,7 @@ class LayerReport:
         config: The adapter's settings there.
         aliases: Other dotted names of the same module object.
         shapes: The shape of each of the adapter's tensors.
+        alpha_from: Where a file's alpha is from; "" where there is no file.
     """
 
     name: str
@@ -50,6 +51,18 @@ class LayerReport:
     config: AdapterConfig
     aliases: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    alpha_from: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its factors."""
+        return self.config.dtype
+
+    @property
+    def form(self) -> str:
+        """What kind of update it is: "LoRA", or with its additions as in "LoRA, DoRA"."""
+        having = [form for form, has in _FORMS.items() if has(self.config)]
+        return ", ".join(["LoRA", *having])
 
     @property
     def rank(self) -> int:
@@ -87,6 +100,13 @@ class LayerReport:
         return self.parameters * self.config.dtype.itemsize
 
 
+_FORMS: dict[str, Callable[[AdapterConfig], bool]] = {
+    "DoRA": lambda c: c.dora and not c.dora_in,
+    "DoRA of columns": lambda c: c.dora_in,
+    "Tucker": lambda c: c.tucker,
+    "bias": lambda c: c.bias,
+    "subtracted": lambda c: c.subtracted,
+}
 # what a report says of settings that not every adapter has
 _SPECIAL: dict[str, Callable[[AdapterConfig], bool]] = {
     "scale: alpha / sqrt(rank)": lambda c: c.rslora,
@@ -114,6 +134,7 @@ class Report:
         total: Numbers in the model afterwards, the adapter's included.
         notes: What else the user should know, a sentence each.
         metadata: The entries of the user's own in the file that was loaded.
+        format: What kind of file that was; "" where there was none.
     """
 
     adapter: str
@@ -123,6 +144,7 @@ class Report:
     total: int
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    format: str = ""
 
     @property
     def parameters(self) -> int:
@@ -130,6 +152,7 @@ class Report:
         return sum(layer.parameters for layer in self.layers)
 
     def __str__(self) -> str:
+        told = bool(self.format)
         rows = [
             (
                 f"{layer.name or '(the model)'}",
@@ -139,10 +162,14 @@ class Report:
                 f"{layer.alpha:g}",
                 f"{layer.scale:g}",
                 layer.parameters,
+                *((layer.alpha_from, str(layer.dtype).removeprefix("torch."), layer.form) * told),
             )
             for layer in self.layers
         ]
-        header = ("layer", "kind", "shape", "rank", "alpha", "scale", "parameters")
+        header = (
+            *("layer", "kind", "shape", "rank", "alpha", "scale", "parameters"),
+            *(("alpha from", "dtype", "form") * told),
+        )
         share = self.trainable / max(self.total, 1)
         lines = [
             table(header, rows),

@@ -448,10 +448,6 @@ HOSTILE = {
     "a list": (about(lambda a: "[]"), "malformed"),
     "no base": (about(lambda a: a.pop("base")), "malformed (KeyError: 'base')"),
     "a false base": (about(lambda a: a["base"].update(samples="AAAA")), "fingerprint is malformed"),
-    "no description": (
-        lambda h: h["__metadata__"].pop("lora_core") and None,
-        "no 'lora_core' entry",
-    ),
     "header no JSON": (lambda h: b"{" + b"x" * 9, "its header is not valid"),
     "an integer tensor": (
         lambda h: h["1.lora_A"].update(dtype="I32"),
@@ -477,6 +473,15 @@ def test_a_hostile_file_is_refused_and_changes_nothing(path: Path, case: str) ->
     model = net()
     before = picture(model)
     with pytest.raises(CorruptFileError, match=re.escape(said)):
+        lora_core.load(model, path)
+    assert picture(model) == before
+
+
+def test_a_file_that_lost_its_description_asks_for_what_was_in_it(path: Path) -> None:
+    rewrite(path, lambda h: h["__metadata__"].pop("lora_core") and None)
+    model = net()
+    before = picture(model)
+    with pytest.raises(ConfigError, match="^`alpha` must be given for .*, but is missing for '0'"):
         lora_core.load(model, path)
     assert picture(model) == before
 
@@ -713,7 +718,7 @@ def test_a_file_of_a_model_without_shared_modules_says_nothing_of_them(path: Pat
 
 
 def test_load_refuses_what_is_no_model(path: Path) -> None:
-    with pytest.raises(ConfigError, match="^`model` must be an nn.Module, but is NoneType.$"):
+    with pytest.raises(ConfigError, match=r"^`model` must be an nn.Module, or modules.*NoneType.$"):
         lora_core.load(None, path)  # type: ignore[arg-type]
 
 
@@ -763,7 +768,10 @@ def test_across_dtypes_weights_differ_by_what_rounding_explains_and_no_more(
 
 
 def test_what_is_no_regular_file_is_refused_with_its_name(tmp_path: Path) -> None:
-    said = f"[Errno {errno.EISDIR}] a file is needed, but this is a folder: {str(tmp_path)!r}"
+    said = (
+        f"[Errno {errno.EISDIR}] a file is needed, or a folder with adapter_config.json and"
+        f" adapter_model.safetensors: {str(tmp_path)!r}"
+    )
     with pytest.raises(IsADirectoryError, match=f"^{re.escape(said)}$"):
         lora_core.load(net(), tmp_path)
     said = f"[Errno {errno.EINVAL}] a regular file is needed, but this is a device or pipe: "

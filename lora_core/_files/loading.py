@@ -3,14 +3,18 @@
 import dataclasses
 import os
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from lora_core._config import check_finite, check_name, check_rank
-from lora_core._errors import ConfigError, CorruptFileError, listed
+from lora_core._errors import ConfigError, listed
 from lora_core._files.fitting import compare_aliases, compare_base, resolve
-from lora_core._formats import Adapter, AdapterLayer, container, native
+from lora_core._files.models import as_models, whole
+from lora_core._files.placing import chosen, placed
+from lora_core._formats import Adapter, AdapterLayer, read
+from lora_core._formats.loralib import Enabled
 from lora_core._injection import Candidate, Graft, graft, modules_of, regraft, walk
 from lora_core._injection.planning import describe
 from lora_core._layers import refuse_choice, reserved, sizes
@@ -18,7 +22,7 @@ from lora_core._reports import Report, count
 
 
 def load(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, nn.Module],
     path: str | os.PathLike[str],
     name: str | None = None,
     scale: float | None = None,
@@ -27,8 +31,12 @@ def load(
     check_base: bool = True,
     replace: bool = False,
     reserve_rank: int | None = None,
+    only: str | None = None,
+    alpha: float | Mapping[str, float] | None = None,
+    allow_pickle: bool = False,
+    enable_lora: Enabled = None,
 ) -> Report:
-    """Puts the adapter of a file on `model`, in place, all or nothing.
+    """Puts the adapter of a file, whichever program wrote it, on `model`; all or nothing.
 
     What the file needs is injected; the adapter is active at strength `scale` beside those that
     are there, and trainable. As with `inject` the host stops training; other adapters keep their
@@ -40,9 +48,14 @@ def load(
     ranks, kinds and layers are the same; `reserve_rank` makes room for files of different ranks.
     The tensors are new ones: make a new optimiser.
 
+    Files of kohya (A1111, Civitai), LyCORIS, PEFT (the folder), diffusers, cloneofsimo, loralib and
+    those of the same keys are told by their keys, and their names are looked for among the model's
+    own; the report says where each alpha is from. What is no LoRA is refused by its name.
+
     Args:
-        model: The model, bare or with other adapters.
-        path: A file written by `save`.
+        model: The model, bare or with other adapters; or the models of a pipeline by the part that
+            each is, as in ``{"unet": unet, "text_encoder": encoder}``.
+        path: A file, or the folder of a PEFT adapter.
         name: What to call the adapter here; None means as it was saved.
         scale: Its strength; None means 1, or that of the adapter whose place it takes.
         strict: Whether a layer that the model lacks, or a base model with other weights, is an
@@ -52,12 +65,18 @@ def load(
         replace: Whether it takes the place of the adapter of its name.
         reserve_rank: Ranks to make room for; None means none but the file's, or as many as the
             adapter whose place it takes made room for.
+        only: The part of a pipeline to load, where the file holds several; as "unet".
+        alpha: Numerator of the scale where the file has none: a number, or a dict by the file's
+            module names.
+        allow_pickle: Whether to read a pickle: its tensors, and never code.
+        enable_lora: Which projections of loralib's MergedLinear were trained, where not all.
 
     Returns:
         What was adapted, with the file's own metadata.
 
     Raises:
-        CorruptFileError: If the file is damaged or of another kind.
+        CorruptFileError: If the file is damaged; its subclass UnsupportedFileError if it holds
+            something else than LoRA.
         MismatchError: If file and model don't belong together.
         AdapterError: If the name is taken, or with `replace` isn't.
         ConfigError: If the name, the scale or the reserve is out of range.
@@ -75,21 +94,25 @@ def load(
         2
     """
     path = os.fsdecode(path)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"`model` must be an nn.Module, but is {type(model).__name__}.")
+    models = as_models(model)
     strength = None if scale is None else check_finite("scale", scale)
     if name is not None:
         check_name(name)
-    file = _read(path)
+    file = read(path, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora)
     name = file.name if name is None else name
-    candidates = walk(model)
-    found, missing = resolve(model, candidates, file, os.fspath(path), strict)
-    notes = [f"not in the model: {listed(missing)}"] if missing else []
-    notes += compare_aliases(model, file, found, os.fspath(path), strict)
-    if check_base:
-        notes += compare_base(file, found, os.fspath(path), strict)
+    file, notes = chosen(file, only, path), list(file.notes)
+    if file.format != "lora_core":
+        file, more = placed(file, models, path, strict=strict)
+        notes += more
+    host = whole(models)
+    candidates = walk(host)
+    found, missing = resolve(host, candidates, file, path, strict)
+    notes += [f"not in the model: {listed(missing)}"] if missing else []
+    notes += compare_aliases(host, file, found, path, strict)
+    if check_base and file.base:
+        notes += compare_base(file, found, path, strict)
     for note in notes:
-        warnings.warn(f"{os.fspath(path)}: {note}", stacklevel=2)
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     grafts = [
         _graft(candidate, file.layers[n], _room(n, candidate, file, name, reserve_rank))
         for n, candidate in found.items()
@@ -111,10 +134,18 @@ def load(
         regraft(modules, name, grafts, strength)
     else:
         graft(modules, name, grafts, 1.0 if strength is None else strength, others=False)
-    every = list(model.parameters())
-    training = count([p for p in every if p.requires_grad])
+    every = list(host.parameters())
+    layers = [
+        dataclasses.replace(layer, alpha_from=file.layers[n].alpha_from)
+        for n, layer in zip(found, report.layers, strict=True)
+    ]
     return dataclasses.replace(
-        report, trainable=training, total=count(every), metadata=file.metadata
+        report,
+        layers=tuple(layers),
+        trainable=count([p for p in every if p.requires_grad]),
+        total=count(every),
+        metadata=file.metadata,
+        format=file.format,
     )
 
 
@@ -135,21 +166,6 @@ def _room(
             " once more then."
         )
     return room
-
-
-def _read(path: str | os.PathLike[str]) -> Adapter:
-    tensors, metadata = container.read(path)
-    where = os.fspath(path)
-    if "lora_core" not in metadata:
-        raise CorruptFileError(
-            f"{where!r} must be a file written by `lora_core.save`, but has no 'lora_core' entry;"
-            f" it holds {len(tensors)} tensors: {listed(tensors)}."
-        )
-    try:
-        about = container.strict_json(metadata["lora_core"])
-    except ValueError as error:
-        raise CorruptFileError(f"{where!r} must describe its tensors, but {error}.") from error
-    return native.decode(tensors, metadata, about, where)
 
 
 def _graft(candidate: Candidate, layer: AdapterLayer, room: int | None) -> Graft:

@@ -1,0 +1,137 @@
+"""What a file of another program holds of a module, as an adapter of the model's own layer."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core._config import AdapterConfig
+from lora_core._errors import MismatchError
+from lora_core._formats import AdapterLayer
+from lora_core._formats.fitting import fitted
+from lora_core._layers import LoRAMixin, Slot, mixin_for, sizes
+
+
+def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: str) -> AdapterLayer:
+    """A layer of a file as an adapter of this very module.
+
+    Whole differences and values become two factors, one of them the identity, and an addition to
+    the bias: nothing of them is lost, and they come off again as any adapter does.
+
+    Raises:
+        MismatchError: If it doesn't fit the module.
+    """
+    mixin = _mixin(module)
+    weight: Any = module.weight
+    matrix = weight.T if _is_transposed(module) else weight
+    found = fitted(name, found, matrix.shape, mixin.lora_kind, where)
+    if found.config is None:
+        found = _as_factors(found, module)
+    if "lora_magnitude_in" in found.parts:
+        found = _of_columns(name, found, module, where)
+    if found.settings.bias and getattr(module, "bias", None) is None:
+        raise MismatchError(
+            f"The adapter of {name!a} in {where!r} must find a bias to add to, but the layer has"
+            " none. Load it into the model it was made for."
+        )
+    return replace(found, kind=mixin.lora_kind, path="", spelling="dotted", component="")
+
+
+def joined(name: str, factors: AdapterLayer, addition: AdapterLayer, where: str) -> AdapterLayer:
+    """Factors, and an addition to the same module's bias that a file keeps apart from them.
+
+    Raises:
+        MismatchError: If the second is more than that.
+    """
+    if addition.settings.alpha or factors.settings.bias:
+        raise MismatchError(
+            f"A module of {where!r} must have factors or a whole weight, but {name!a} has both,"
+            " which are no low-rank update. Merge it with the program that wrote it."
+        )
+    parts = {**factors.parts, "lora_bias": addition.parts["lora_bias"]}
+    return replace(factors, config=replace(factors.settings, bias=True), parts=parts)
+
+
+def _mixin(module: nn.Module | Slot) -> type[LoRAMixin]:
+    mixin = mixin_for(module)
+    assert mixin is not None
+    return mixin
+
+
+def _is_transposed(module: nn.Module | Slot) -> bool:
+    """Whether a layer of the linear kind stores its matrix (in, out)."""
+    weight: Any = module.weight
+    mixin = _mixin(module)
+    return mixin.lora_kind == "linear" and mixin.lora_matrix(weight) is not weight
+
+
+def _of_columns(
+    name: str, found: AdapterLayer, module: nn.Module | Slot, where: str
+) -> AdapterLayer:
+    if found.kind not in ("linear", "conv") or _is_transposed(module) or _groups(module) > 1:
+        raise MismatchError(
+            f"Lengths of columns must be of a plain linear layer or convolution, but {where!r} has"
+            f" them for {name!a}, which is another. Merge it with the program that wrote it."
+        )
+    parts: dict[str, Tensor] = dict(found.parts)
+    parts["lora_in_magnitude"] = parts.pop("lora_magnitude_in")
+    return replace(found, config=replace(found.settings, dora=True, dora_in=True), parts=parts)
+
+
+def _groups(module: nn.Module | Slot) -> int:
+    return int(getattr(module, "groups", 1))
+
+
+def _as_factors(found: AdapterLayer, module: nn.Module | Slot) -> AdapterLayer:
+    """A difference, or values in place of the module's, as factors of full rank and a bias."""
+    changes = {
+        part: p.to(torch.promote_types(p.dtype, torch.float32)) for part, p in found.parts.items()
+    }
+    if found.kind == "values":
+        own: Mapping[str, Any] = {part: getattr(module, part) for part in changes}
+        changes = {part: p - own[part].detach().to("cpu", p.dtype) for part, p in changes.items()}
+    weight, bias = changes.get("weight"), changes.get("bias")
+    parts = _factors(weight, module) if weight is not None else _none(module, bias)
+    rank, like = parts["lora_A"].shape[0], parts["lora_A"]
+    config = AdapterConfig(
+        rank=rank,
+        # a bias alone leaves the matrix as it is
+        alpha=0.0 if weight is None else float(rank),
+        dropout=0.0,
+        dtype=like.dtype,
+        bias=bias is not None,
+    )
+    if bias is not None:
+        parts["lora_bias"] = bias.to(like.dtype)
+    return replace(found, config=config, parts=parts, alpha_from="none: a whole difference")
+
+
+def _factors(weight: Tensor, module: nn.Module | Slot) -> dict[str, Tensor]:
+    mixin = _mixin(module)
+    matrix = mixin.lora_matrix(weight)
+    size, out = sizes(module)
+    identity = torch.eye(min(size, out), dtype=matrix.dtype)
+    lora_A, lora_B = (identity, matrix) if size < out else (matrix, identity)
+    return _shaped({"lora_A": lora_A.contiguous(), "lora_B": lora_B.contiguous()}, module)
+
+
+def _none(module: nn.Module | Slot, like: Tensor | None) -> dict[str, Tensor]:
+    """Factors that add nothing."""
+    assert like is not None
+    size, out = sizes(module)
+    return _shaped({"lora_A": like.new_zeros(1, size), "lora_B": like.new_zeros(out, 1)}, module)
+
+
+def _shaped(parts: dict[str, Tensor], module: nn.Module | Slot) -> dict[str, Tensor]:
+    """Matrices in the shapes that the module's own factors have."""
+    if _mixin(module).lora_kind != "conv":
+        return parts
+    weight: Any = module.weight
+    _, size, *kernel = weight.shape
+    lora_A, lora_B = parts["lora_A"], parts["lora_B"]
+    return {
+        "lora_A": lora_A.reshape(-1, size, *kernel),
+        "lora_B": lora_B.reshape(*lora_B.shape, *[1] * len(kernel)),
+    }

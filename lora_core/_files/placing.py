@@ -1,0 +1,134 @@
+"""A file of another program, with the names and layers of the models it is to go on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lora_core._errors import ConfigError, MismatchError, listed
+from lora_core._files.conforming import conformed, joined
+from lora_core._formats import Adapter, AdapterLayer
+from lora_core._formats.naming import Host, Resolution, resolve
+from lora_core._injection import Candidate, walk
+from lora_core._layers import mixin_for
+
+
+def chosen(file: Adapter, only: str | None, where: str) -> Adapter:
+    """The part of a file for one model of a pipeline; all of it where none is named.
+
+    Raises:
+        ConfigError: If it holds no such part.
+    """
+    if only is None:
+        return file
+    parts = sorted({layer.component for layer in file.layers.values()})
+    if only not in parts:
+        raise ConfigError(
+            f"`only` must name a part of {where!r}, but is {only!r}; the file has"
+            f" {listed([part or '(no part)' for part in parts])}."
+        )
+    layers = {name: layer for name, layer in file.layers.items() if layer.component == only}
+    return replace(file, layers=layers)
+
+
+def placed(
+    file: Adapter, models: Mapping[str, nn.Module], where: str, *, strict: bool
+) -> tuple[Adapter, list[str]]:
+    """The file with the models' own names and layers, and notes of what was left out.
+
+    Args:
+        file: What was read.
+        models: The models by the part of a pipeline that each is; "" for one that is none.
+        where: The file, for messages.
+        strict: Whether what has no place is an error.
+
+    Raises:
+        MismatchError: If it has, a name means several modules, or a layer doesn't fit.
+    """
+    candidates = {part: _adaptable(model) for part, model in models.items()}
+    hosts = {part: _hosts(found) for part, found in candidates.items()}
+    resolution = resolve(file.layers, hosts, where)
+    notes = _check(resolution, file, models, hosts, where, strict=strict)
+    layers: dict[str, AdapterLayer] = {}
+    for name, (part, path) in resolution.found.items():
+        layer = conformed(name, file.layers[name], candidates[part][path].module, where)
+        dotted = f"{part}.{path}" if part else path
+        if dotted in layers:
+            pair = (layers[dotted], layer)
+            whole = file.layers[name].config is None
+            layer = joined(name, *(pair if whole else pair[::-1]), where)
+        layers[dotted] = layer
+    return replace(file, layers=layers), notes
+
+
+def _adaptable(model: nn.Module) -> dict[str, Candidate]:
+    return {name: c for c in walk(model) if c.adaptable for name in c.names}
+
+
+def _hosts(candidates: Mapping[str, Candidate]) -> list[Host]:
+    found = []
+    for name, candidate in candidates.items():
+        mixin = mixin_for(candidate.module)
+        assert mixin is not None
+        weight: Any = candidate.module.weight
+        found.append(Host(name, mixin.lora_kind, tuple(weight.shape)))
+    return found
+
+
+def _check(
+    resolution: Resolution,
+    file: Adapter,
+    models: Mapping[str, nn.Module],
+    hosts: Mapping[str, Sequence[Host]],
+    where: str,
+    *,
+    strict: bool,
+) -> list[str]:
+    """Refuses what has no place, or notes it."""
+    wanted = [name for names in resolution.elsewhere.values() for name in names]
+    parts = sorted(resolution.elsewhere)
+    served = {part for part, _ in resolution.found.values()}
+    idle = [part for part in models if part not in served]
+    lost = resolution.missing
+    if not resolution.found:
+        known = [f"{part}.{host.path}".lstrip(".") for part, mine in hosts.items() for host in mine]
+        raise MismatchError(
+            f"A layer of {where!r} must be in the model, but none of its {len(file.layers)} is:"
+            f" {listed([_near(n, lost.get(n, '')) for n in file.layers])}; it has {len(known)}:"
+            f" {listed(known)}. Load it into the model it was made for."
+        )
+    own = _own(file, resolution)
+    if wanted and strict:
+        models_wanted = ", ".join(f"{part!r}: ..." for part in dict.fromkeys([*own, *parts]))
+        raise MismatchError(
+            f"Every part of {where!r} must have its model, but it also has {len(wanted)} layers"
+            f" for {listed(parts)}: {listed(wanted, 2)}. Load it into"
+            f" {{{models_wanted}}}, or in part with only={own[0]!r}."
+        )
+    if lost and strict:
+        raise MismatchError(
+            f"The model must have every layer of {where!r}, but {len(lost)} of {len(file.layers)}"
+            f" are not there: {listed([_near(n, near) for n, near in lost.items()])}. Load it into"
+            " the model it was made for, or pass strict=False."
+        )
+    if idle and strict:
+        raise MismatchError(
+            f"Every model must have a part in {where!r}, but {listed(idle)} has none; the file has"
+            f" {listed(own)}. Leave it out."
+        )
+    said = (
+        (wanted, "for a model that is not given"),
+        (list(lost), "not in the model"),
+        (idle, "without a part in the file"),
+    )
+    return [f"{what}: {listed(names)}" for names, what in said if names]
+
+
+def _own(file: Adapter, resolution: Resolution) -> list[str]:
+    """The parts of the file that found their model."""
+    return list(dict.fromkeys(file.layers[name].component for name in resolution.found))
+
+
+def _near(name: str, near: str) -> str:
+    return f"{name} (near {near})" if near else name

@@ -1,0 +1,214 @@
+"""Files of other programs on live models: what the peers computed, and what is refused."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import lora_core
+from lora_core import ConfigError, MismatchError
+from lora_core._errors import UnsupportedFileError
+from tests.golden import GOLDEN, TinyMix, cases, file_of, grown, models_of
+
+
+def loaded(name: str, **keywords: Any) -> tuple[dict[str, nn.Module], dict[str, Any], Any]:
+    """The models of a golden case with its file on them, what the case says, and the report."""
+    case = GOLDEN / name
+    about = json.loads((case / "case.json").read_text())
+    models = models_of(case, about)
+    if about["peer"] == "loralib":
+        alphas = about["r_alpha_of_each_layer (not in the file!)"]
+        keywords |= {
+            "allow_pickle": True,
+            "alpha": {n: alpha for n, (_, alpha) in alphas.items()},
+            "enable_lora": about["enable_lora"],
+        }
+    target: Any = models.get("", models)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # notes of the reader, tested with it
+        report = lora_core.load(
+            target, file_of(case, about), name="golden", strict=False, **keywords
+        )
+    return models, about, report
+
+
+@pytest.mark.parametrize("name", cases())
+def test_merged_weights_are_those_that_the_peer_computed(name: str) -> None:
+    models, about, report = loaded(name)
+    before = {f"{c}.{n}": p.detach().clone() for c, m in models.items() for n, p in hosts(m)}
+    for model in models.values():
+        model.eval()
+        if any("lora_" in n for n, _ in model.named_parameters()):
+            lora_core.merge(model)
+    after = {f"{c}.{n}": p.detach() for c, m in models.items() for n, p in hosts(m)}
+    theirs = safetensors.torch.load_file(GOLDEN / name / "delta.safetensors")
+    assert theirs
+    for key, delta in theirs.items():
+        part, path = grown(key, models)
+        got = after[f"{part}.{path}"].float() - before[f"{part}.{path}"].float()
+        atol = max(about["tolerance"] * delta.abs().max().item(), 2e-7)
+        assert_close(got, delta, rtol=0, atol=atol, msg=lambda said, k=key: f"{k}: {said}")
+    assert report.format
+    assert all(layer.alpha_from for layer in report.layers)
+
+
+def hosts(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in model.named_parameters() if "lora_" not in n]
+
+
+@pytest.mark.parametrize("name", [n for n in cases() if n.startswith(("peft/", "lycoris/wrapper"))])
+def test_outputs_are_those_that_the_peer_computed(name: str) -> None:
+    models, about, _ = loaded(name)
+    model = models[""].eval()
+    io = safetensors.torch.load_file(GOLDEN / name / "io.safetensors")
+    inputs = {k.removeprefix("in."): t for k, t in io.items() if k.startswith("in.")}
+    with torch.no_grad():
+        outputs = model(**inputs)
+        if isinstance(outputs, torch.Tensor):
+            outputs = {"": outputs}
+    checked = 0
+    for key, out in outputs.items():
+        wanted = io[f"out.{key}" if f"out.{key}" in io else "out"]
+        assert_close(out, wanted, rtol=0, atol=about["tolerance"] * wanted.abs().max().item())
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_file_comes_off_again_without_a_trace(name: str) -> None:
+    case = GOLDEN / name
+    about = json.loads((case / "case.json").read_text())
+    bare = {c: m.state_dict() for c, m in models_of(case, about).items()}
+    models, _, _ = loaded(name)
+    for component, model in models.items():
+        if any("lora_" in n for n, _ in model.named_parameters()):
+            lora_core.eject(model)
+        now = model.state_dict()
+        assert list(now) == list(bare[component])
+        assert all(torch.equal(now[k], t) for k, t in bare[component].items())
+
+
+def sd15() -> tuple[dict[str, nn.Module], Path]:
+    case = GOLDEN / "kohya" / "sd15_linear"
+    about = json.loads((case / "case.json").read_text())
+    return models_of(case, about), case / "lora.safetensors"
+
+
+def test_one_file_is_spread_over_several_models() -> None:
+    models, path = sd15()
+    report = lora_core.load(models, path)
+    assert report.format == "kohya"
+    parts = {layer.name.split(".")[0] for layer in report.layers}
+    assert parts == {"unet", "text_encoder"}
+    assert {layer.alpha for layer in report.layers} == {2.0}
+    first = next(layer for layer in report.layers if "attentions" in layer.name)
+    assert (first.rank, first.scale, first.form, first.dtype) == (4, 0.5, "LoRA", torch.float32)
+    assert "alpha from" in str(report)
+    for model in models.values():
+        assert any("lora_A" in n for n, _ in model.named_parameters())
+        lora_core.eject(model)
+
+
+def test_a_part_for_a_model_that_is_not_given_is_refused_with_the_hint() -> None:
+    models, path = sd15()
+    said = (
+        f"Every part of {str(path)!r} must have its model, but it also has 12 layers for"
+        " 'text_encoder': 'lora_te_text_model_encoder_layers_0_mlp_fc1',"
+        " 'lora_te_text_model_encoder_layers_0_mlp_fc2' and 10 more. Load it into {'unet': ...,"
+        " 'text_encoder': ...}, or in part with only='unet'."
+    )
+    for model in (models["unet"], {"unet": models["unet"]}):
+        with pytest.raises(MismatchError, match=f"^{re.escape(said)}$"):
+            lora_core.load(model, path)
+        assert not any("lora_" in n for n, _ in models["unet"].named_parameters())
+
+
+def test_only_loads_one_part() -> None:
+    models, path = sd15()
+    report = lora_core.load(models["unet"], path, only="unet")
+    assert len(report.layers) == 192
+    lora_core.load({"text_encoder": models["text_encoder"]}, path, only="text_encoder")
+    with pytest.raises(ConfigError, match="^`only` must name a part of .*, but is 'vae'; the file"):
+        lora_core.load(models["unet"], path, only="vae", name="other")
+
+
+def test_a_model_without_a_part_in_the_file_is_refused() -> None:
+    models, path = sd15()
+    models["text_encoder_2"] = nn.Sequential(nn.Linear(3, 3))
+    said = "^Every model must have a part in .*, but 'text_encoder_2' has none; the file has 'text_enc"
+    with pytest.raises(MismatchError, match=said):
+        lora_core.load(models, path)
+    del models["text_encoder_2"]
+    lora_core.load(models, path)
+
+
+def test_a_file_for_another_base_says_what_each_side_has() -> None:
+    _, path = sd15()
+    model = nn.Sequential(nn.Linear(4, 4))
+    said = "^A layer of .* must be in the model, but none of its 204 is: .*; it has 1: '0'\\. Load"
+    with pytest.raises(MismatchError, match=said):
+        lora_core.load(model, path, strict=False)
+
+
+def test_a_file_is_put_in_the_place_of_another() -> None:
+    models, path = sd15()
+    lora_core.load(models, path, name="slot", reserve_rank=6)
+    before = {n: p for m in models.values() for n, p in m.named_parameters() if "lora_A" in n}
+    report = lora_core.load(models, path, name="slot", replace=True)
+    after = {n: p for m in models.values() for n, p in m.named_parameters() if "lora_A" in n}
+    assert len(report.layers) == 204
+    assert before.keys() == after.keys()
+    assert all(torch.equal(p, after[n]) and p is not after[n] for n, p in before.items())
+
+
+def test_what_a_format_does_not_store_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5))
+    path = tmp_path / "bare.safetensors"
+    A, B = torch.randn(2, 6), torch.randn(5, 2)
+    safetensors.torch.save_file({"0.lora_A.weight": A, "0.lora_B.weight": B}, path)
+    with pytest.raises(ConfigError, match="^`alpha` must be given for .*, but is missing for '0'"):
+        lora_core.load(model, path)
+    x = torch.randn(3, 6)
+    y = model(x)
+    report = lora_core.load(model, path, alpha=3.0)
+    assert_close(model(x), y + 1.5 * x @ A.T @ B.T)
+    assert report.layers[0].alpha_from
+
+
+def test_whole_differences_are_exact(tmp_path: Path) -> None:
+    """A full difference is full-rank factors, one of them the identity; a bias is one of ours."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Flatten(0, 0), nn.Linear(5, 7))
+    stored = {
+        "lycoris_0.diff": torch.randn(5, 6),
+        "lycoris_0.diff_b": torch.randn(5),
+        "lycoris_2.diff": torch.randn(7, 5),
+    }
+    path = tmp_path / "full.safetensors"
+    safetensors.torch.save_file(stored, path)
+    want = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        lora_core.load(model, path)
+    model.eval()
+    lora_core.merge(model)
+    assert_close(model[0].weight, want["0.weight"] + stored["lycoris_0.diff"], rtol=0, atol=1e-6)
+    assert_close(model[0].bias, want["0.bias"] + stored["lycoris_0.diff_b"], rtol=0, atol=1e-6)
+    assert_close(model[2].weight, want["2.weight"] + stored["lycoris_2.diff"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lycoris/refuse_loha", "lycoris/refuse_oft"])
+def test_other_algorithms_change_nothing(name: str) -> None:
+    model = TinyMix()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(UnsupportedFileError, match="must hold LoRA, but holds"):
+        lora_core.load(model, GOLDEN / name / "lycoris.safetensors")
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
