@@ -68,11 +68,11 @@ class Alphas:
             )
         twice = [name for name in self._by_name if name in self._stored]
         if twice or (self._all is not None and not self._taken):
-            first = (twice or list(self._stored) or self._names)[0]
+            names = twice or list(self._stored)
+            has = f"that of {listed(names)} in {self._stored[names[0]]}" if names else "no factors"
             raise ConfigError(
-                f"`alpha` must be left out where a file stores it, but {self._where!r} has that of"
-                f" {listed(twice or self._names)} in {self._stored.get(first, 'itself')}. Pass"
-                " alpha=None, and a strength where the adapter is to act more or less."
+                f"`alpha` must be left out where a file stores it, but {self._where!r} has {has}."
+                " Pass alpha=None, and a strength where the adapter is to act more or less."
             )
         if self._missing:
             raise ConfigError(

@@ -39,7 +39,7 @@ def parse(key: str) -> Key | None:
         return Key("PEFT", _bare(found["path"]), f"embedding {HALVES[found['half']]}")
     if found := _MAGNITUDE.fullmatch(key):
         return Key("PEFT", _bare(found["path"]), "magnitude")
-    if found := _VALUE.fullmatch(key):
+    if (found := _VALUE.fullmatch(key)) and ".lora_" not in key:
         return Key("PEFT values", _bare(found["path"]), found["leaf"])
     return None
 
