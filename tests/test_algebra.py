@@ -983,6 +983,9 @@ def test_matrices_stored_the_other_way_are_told_by_their_shape_or_by_the_user(
     merge_file(base, a, out)
     merge_file(base, square, tmp_path / "square", transposed=True)
     merge_file(base, square, tmp_path / "wrong")
+    said = {"square": replace(a.layers["square"], transposed=True)}
+    merge_file(base, replace(a, layers=said), tmp_path / "said")
+    assert (tmp_path / "said").read_bytes() == (tmp_path / "square").read_bytes()
     with pytest.raises(MismatchError, match=(
         r"^Square matrices must be stored as all others are, but some of '.*' are stored \(in,"
         r" out\), as 'wide', and some \(out, in\), as 'head'\. Pass transposed=True or"
@@ -994,6 +997,45 @@ def test_matrices_stored_the_other_way_are_told_by_their_shape_or_by_the_user(
     right = file_state(tmp_path / "square")["square.weight"]
     assert torch.equal(right, state(model)["square.weight"])
     assert not torch.equal(file_state(tmp_path / "wrong")["square.weight"], right)
+
+
+def test_names_are_found_as_load_finds_them(tmp_path: Path) -> None:
+    weights = {
+        "down_blocks.0.to_q.weight": torch.randn(7, 6),
+        "mid.conv.weight": torch.randn(7, 6, 1, 1),
+    }
+    safetensors.torch.save_file(weights, tmp_path / "b.safetensors")
+    unet: dict[str, Any] = {"component": "unet", "spelling": "stem"}
+    layers = {
+        "lora_unet_down_blocks_0_to_q": replace(
+            make_layer("matrix"), path="down_blocks_0_to_q", **unet
+        ),
+        "lora_unet_mid_conv": replace(make_layer("matrix", seed=1), path="mid_conv", **unet),
+    }
+    text = replace(make_layer("matrix"), component="text_encoder", spelling="stem", path="q")
+    merge_file(tmp_path / "b.safetensors", Adapter("k", layers), tmp_path / "out")
+    after = file_state(tmp_path / "out")
+    for (name, before), layer in zip(weights.items(), layers.values(), strict=True):
+        asked = before + delta(layer).reshape(before.shape).float()
+        assert_close(after[name], asked, rtol=1e-5, atol=1e-5)
+    both = Adapter("k", {**layers, "lora_te_q": text})
+    with pytest.raises(MismatchError, match=(
+        r"^The checkpoint must have all 3 layers of adapter 'k', but 1 are not in '.*': 'lora_te_q'"
+        r"; it has 2: .*\. Pass only='unet' for that part alone\.$"
+    )):  # fmt: skip
+        merge_file(tmp_path / "b.safetensors", both, tmp_path / "again")
+    merge_file(tmp_path / "b.safetensors", both, tmp_path / "again", only="unet")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "out").read_bytes()
+    with pytest.raises(ConfigError, match=(
+        r"^`only` must name a part of adapter 'k', but is 'vae'; it has 'text_encoder', 'unet'\.$"
+    )):  # fmt: skip
+        merge_file(tmp_path / "b.safetensors", both, tmp_path / "none", only="vae")
+    counted = Adapter("k", {"unet:3": replace(make_layer(), spelling="index", path="3")})
+    with pytest.raises(MismatchError, match=(
+        r"^Modules must have names to be found in a checkpoint, but 'unet:3' of adapter 'k' have"
+        r" numbers\. Load it into the model, and save it from there\.$"
+    )):  # fmt: skip
+        merge_file(tmp_path / "b.safetensors", counted, tmp_path / "none")
 
 
 # --- merge_file: refusals ---------------------------------------------------------------------
@@ -1025,16 +1067,17 @@ def test_an_adapter_of_another_model_is_refused_with_both_sides(
         )
     with pytest.raises(MismatchError, match="^The checkpoint must have all 0 layers"):
         merge_file(base, replace(a, layers={}), tmp_path / "out")
-    for layer, said in [
-        (make_layer(size=(8, 6)), "lin (adapter lora_B (8, 2), checkpoint (7, 6))"),
-        (make_layer("conv"), "lin (adapter lora_A (2, 6, 3, 2), checkpoint (7, 6))"),
-        (make_layer("embedding"), "lin (adapter lora_A (2, 6), checkpoint (7, 6))"),
+    for layer, has in [
+        (make_layer(size=(8, 6)), "lora_A (2, 6), lora_B (8, 2)"),
+        (make_layer("conv"), "lora_A (2, 6, 3, 2), lora_B (7, 2, 1, 1)"),
+        (make_layer("embedding"), "lora_A (2, 6), lora_B (7, 2)"),
     ]:
         with pytest.raises(MismatchError) as caught:
             merge_file(base, replace(a, layers={"lin": layer}), tmp_path / "out")
+        kind = "embedding" if layer.kind == "embedding" else "linear"
         assert str(caught.value) == (
-            "Layers must have the sizes that adapter 'style' was made for, but 1 of 1 differ:"
-            f" {said!r}. Take the checkpoint that it was made for."
+            f"The adapter of 'lin' must fit a weight of kind '{kind}' of shape (7, 6), but has"
+            f" {has}. Load it into the model it was made for."
         )
     square = make_layer(size=(6, 6), bias=True)
     with pytest.raises(MismatchError, match=(

@@ -76,6 +76,7 @@ def combine(
 
     Example:
         >>> from lora_core._config import AdapterConfig
+        >>> from lora_core._formats import AdapterLayer
         >>> config = AdapterConfig(rank=2, alpha=2.0, dropout=0.0, dtype=torch.float32)
         >>> parts = {"lora_A": torch.ones(2, 6), "lora_B": torch.ones(5, 2)}
         >>> a = Adapter("a", {"to_q": AdapterLayer("linear", config, parts)})

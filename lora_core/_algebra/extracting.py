@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora_core._adapters import clean
 from lora_core._algebra.checkpoints import DTYPES, open_checkpoint
-from lora_core._algebra.hosts import Place, place_of
 from lora_core._algebra.layers import check_limit, cut, unheard, widened
+from lora_core._algebra.locating import Place, place_of
 from lora_core._algebra.products import Limit, dense_spectrum, subspace_rank
 from lora_core._algebra.results import Teller, Told
 from lora_core._config import AdapterConfig, check_dtype, check_name

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import nn
 
 from lora_core._algebra.checkpoints import (
     Checkpoint,
@@ -19,6 +18,7 @@ from lora_core._algebra.checkpoints import (
 )
 from lora_core._algebra.hosts import Hosts
 from lora_core._algebra.layers import check_adapter
+from lora_core._algebra.locating import located, part_of
 from lora_core._algebra.results import FileMergeReport, Teller, Told
 from lora_core._config import check_finite
 from lora_core._errors import ConfigError
@@ -32,6 +32,7 @@ def merge_file(
     out: str | os.PathLike[str],
     *,
     strength: float = 1.0,
+    only: str | None = None,
     transposed: bool | None = None,
     force: bool = False,
     told: Told | None = None,
@@ -48,10 +49,10 @@ def merge_file(
     Args:
         base: A ``.safetensors`` file, the ``.safetensors.index.json`` of several, or a folder with
             either.
-        adapter: What to merge. Its names are those of the checkpoint's tensors without
-            ``.weight``.
+        adapter: What to merge; its names are found as `load` finds them in a model.
         out: The new file; for shards the new folder.
         strength: What the adapter's update is multiplied by.
+        only: The part of a pipeline to merge, as "unet", of an adapter for several models.
         transposed: Whether square matrices of linear layers are stored ``(in, out)``, as GPT-2's
             are; None takes them as the adapter's other linear layers are stored.
         force: Whether a file that is there may be replaced; a folder may not.
@@ -87,9 +88,10 @@ def merge_file(
     target = Path(os.fsdecode(out))
     checkpoint = open_checkpoint(base)
     _check_free(target, checkpoint, force=force)
-    hosts = Hosts(adapter, checkpoint, transposed, strength)
-    tell, lost = Teller(told, len(adapter.layers)), dict[str, float]()
-    changed = hosts.changed
+    layers = located(part_of(adapter, only), checkpoint, transposed)
+    hosts = Hosts(adapter.name, layers, checkpoint, strength)
+    tell, lost = Teller(told, len(layers)), dict[str, float]()
+    changed = {*hosts.layers, *hosts.biases}
     here = {n: checkpoint.entries[n] for n in checkpoint.entries if n in changed}
 
     def write(file: Path, into: BinaryIO) -> None:
@@ -97,7 +99,7 @@ def merge_file(
         for entry, data in respliced(file, names, into):
             for name, share in _merge_one(names[entry], entry, data, hosts, checkpoint).items():
                 lost[name] = share
-                tell(name, adapter.layers[name].settings.rank, share)
+                tell(name, layers[name].layer.settings.rank, share)
 
     if checkpoint.index is None:
         with new_file(target) as into:
@@ -144,17 +146,12 @@ def _merge_one(
     """Puts the merged values of one tensor into its bytes; what rounding lost, by layer."""
     weight = hosts.biases.get(tensor, tensor)
     values = as_tensor(entry, data)
+    source = values if weight == tensor else checkpoint.read(weight)
     # a copy where torch itself would have put it: products of other places may round otherwise
-    model, module = hosts.make(
-        weight, values.clone() if weight == tensor else checkpoint.read(weight).clone()
-    )
+    model, module, key = hosts.make(weight, source.clone())
     loss = merge(model, reversible=False).loss
-    held = module._parameters["bias" if weight != tensor else _key(module)]
+    held = module._parameters[key if weight == tensor else "bias"]
     assert held is not None
     with torch.no_grad():
         values.copy_(held)
     return loss if weight == tensor else {}
-
-
-def _key(module: nn.Module) -> str:
-    return "weight" if "weight" in module._parameters else "value"

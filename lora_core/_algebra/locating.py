@@ -1,0 +1,227 @@
+"""Where in a checkpoint each layer of an adapter belongs."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from lora_core._algebra.checkpoints import DTYPES, Checkpoint, Entry
+from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
+from lora_core._formats import Adapter
+from lora_core._formats.fitting import fitted
+from lora_core._formats.naming import Host, resolve
+from lora_core._formats.neutral import AdapterLayer
+from lora_core._layers import PROJECTIONS
+
+_PACKED = "in_proj_weight"
+
+
+class Place(NamedTuple):
+    """The tensor that a layer's update is added to.
+
+    Attributes:
+        tensor: Its name.
+        part: Which third of it, for attention's packed projection; else None.
+    """
+
+    tensor: str
+    part: int | None = None
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of its rows."""
+        return whole if self.part is None else (whole[0] // len(PROJECTIONS), *whole[1:])
+
+
+class Located(NamedTuple):
+    """A layer where it belongs.
+
+    Attributes:
+        layer: It, in the layouts of the layers here.
+        place: Where its update goes.
+        transposed: Whether the matrix there is stored ``(in, out)``.
+    """
+
+    layer: AdapterLayer
+    place: Place
+    transposed: bool
+
+
+def place_of(path: str, tensors: Collection[str]) -> Place | None:
+    """Where the update of a module, or of a parameter that is read, goes; None if nowhere."""
+    for tensor in (f"{path}.weight".lstrip("."), path):
+        if tensor in tensors:
+            return Place(tensor)
+    owner, _, last = path.rpartition(".")
+    packed = f"{owner}.{_PACKED}".lstrip(".")
+    if last in PROJECTIONS and packed in tensors:
+        return Place(packed, PROJECTIONS.index(last))
+    return None
+
+
+def bias_of(tensor: str) -> str:
+    """The name of the bias beside a weight."""
+    return f"{tensor.removesuffix('weight')}bias"
+
+
+def part_of(adapter: Adapter, only: str | None) -> Adapter:
+    """The layers for one model of a pipeline; all where none is named.
+
+    Raises:
+        ConfigError: If there are none for it.
+    """
+    if only is None:
+        return adapter
+    parts = sorted({layer.component for layer in adapter.layers.values()})
+    if only not in parts:
+        raise ConfigError(
+            f"`only` must name a part of adapter {adapter.name!r}, but is {only!r}; it has"
+            f" {listed([part or '(no part)' for part in parts])}."
+        )
+    layers = {name: layer for name, layer in adapter.layers.items() if layer.component == only}
+    return replace(adapter, layers=layers)
+
+
+def located(
+    adapter: Adapter, checkpoint: Checkpoint, transposed: bool | None
+) -> dict[str, Located]:
+    """Each layer where it belongs, by the checkpoint's own name of its module.
+
+    Args:
+        adapter: The adapter.
+        checkpoint: The checkpoint.
+        transposed: How square matrices of linear layers are stored; None goes by the others.
+
+    Raises:
+        MismatchError: If a layer has no place, two have one, or one doesn't fit its tensor; or a
+            bias that is to change is missing.
+        UnsupportedLayerError: If a layer is no product of factors, or its tensor no plain numbers.
+    """
+    paths = _paths(adapter, checkpoint)
+    for name, layer in adapter.layers.items():
+        if layer.config is None or "lora_magnitude_in" in layer.parts:
+            kind = layer.kind if layer.config is None else "DoRA over inputs"
+            raise UnsupportedLayerError(
+                f"A layer must be factors to be merged into a file, but {name!r} is of the kind"
+                f" {kind!r}. Merge it into the model, with `load` and `merge`."
+            )
+    layers = {path: adapter.layers[name] for name, path in paths.items()}
+    places = {path: place for path in layers if (place := place_of(path, checkpoint.entries))}
+    twice = [p for p, place in places.items() if list(places.values()).count(place) > 1]
+    if twice or len(layers) < len(paths):
+        raise MismatchError(
+            f"Each layer must have a tensor of its own, but {listed(twice or paths)} share one of"
+            f" {str(checkpoint.path)!r}. Rename one of them."
+        )
+    for path, layer in layers.items():
+        _check_tensors(places[path].tensor, layer, checkpoint)
+    turned = _orientations(layers, places, checkpoint, transposed)
+    return {
+        path: Located(
+            _fitted(path, layer, places[path], checkpoint.entries, turned.get(path, False)),
+            places[path],
+            turned.get(path, False),
+        )
+        for path, layer in layers.items()
+    }
+
+
+def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
+    """By layer the path of its module."""
+    entries = checkpoint.entries
+    layers = adapter.layers
+    counted = [name for name, layer in layers.items() if layer.spelling == "index"]
+    if counted:
+        raise MismatchError(
+            f"Modules must have names to be found in a checkpoint, but {listed(counted)} of adapter"
+            f" {adapter.name!r} have numbers. Load it into the model, and save it from there."
+        )
+    exact = {
+        n for n, layer in layers.items() if layer.spelling == "dotted" and place_of(n, entries)
+    }
+    rest = {name: layer for name, layer in layers.items() if name not in exact}
+    found = resolve(rest, {"": list(_hosts(entries))}, adapter.name) if rest else None
+    paths = {n: n for n in layers if n in exact}
+    if found is not None:
+        paths |= {name: path for name, (_, path) in found.found.items()}
+    missing = [name for name in layers if name not in paths]
+    if missing or not layers:
+        has = [name.removesuffix(".weight") for name in entries if name.endswith(".weight")]
+        parts = {layers[name].component for name in missing}
+        alone = {layers[name].component for name in paths} - parts
+        hint = (
+            f"Pass only={min(alone)!r} for that part alone."
+            if alone
+            else "Take the checkpoint that it was made for."
+        )
+        raise MismatchError(
+            f"The checkpoint must have all {len(layers)} layers of adapter {adapter.name!r}, but"
+            f" {len(missing)} are not in {str(checkpoint.path)!r}: {listed(missing)}; it has"
+            f" {len(has)}: {listed(has)}. {hint}"
+        )
+    return {name: paths[name] for name in layers}
+
+
+def _hosts(entries: Mapping[str, Entry]) -> Iterator[Host]:
+    """What the checkpoint's tensors are the weights of."""
+    for name, entry in entries.items():
+        if len(entry.shape) > 1:
+            yield Host(name.removesuffix(".weight"), "", entry.shape)
+        if name.rpartition(".")[2] == _PACKED:
+            for part, label in enumerate(PROJECTIONS):
+                path = f"{name.removesuffix(_PACKED)}{label}"
+                yield Host(path, "weight", Place(name, part).shape(entry.shape))
+
+
+def _check_tensors(tensor: str, layer: AdapterLayer, checkpoint: Checkpoint) -> None:
+    if "lora_bias" in layer.parts and bias_of(tensor) not in checkpoint.entries:
+        raise MismatchError(
+            f"The checkpoint must have the biases that the adapter changes, but {bias_of(tensor)!r}"
+            f" is not in {str(checkpoint.path)!r}. Take the checkpoint that it was made for."
+        )
+    dtype = checkpoint.entries[tensor].dtype
+    if dtype not in DTYPES:
+        raise UnsupportedLayerError(
+            f"A tensor must be of 16-bit floating numbers or wider to be merged into, but"
+            f" {tensor!r} is {dtype}. Merge into the checkpoint that it was made from."
+        )
+
+
+def _orientations(
+    layers: Mapping[str, AdapterLayer],
+    places: Mapping[str, Place],
+    checkpoint: Checkpoint,
+    transposed: bool | None,
+) -> dict[str, bool]:
+    """By linear layer, whether its matrix is stored (in, out)."""
+    told, square = {}, []
+    for path, layer in layers.items():
+        shape = checkpoint.entries[places[path].tensor].shape
+        lora_A, lora_B = layer.parts["lora_A"], layer.parts["lora_B"]
+        if layer.kind not in ("linear", "matrix") or len(shape) != 2:
+            continue
+        if shape[0] == shape[1] and not layer.transposed:
+            square.append(path)
+        else:
+            told[path] = layer.transposed or (lora_A.shape[1], len(lora_B)) == shape
+    if transposed is None and square and len(set(told.values())) > 1:
+        raise MismatchError(
+            f"Square matrices must be stored as all others are, but some of"
+            f" {str(checkpoint.path)!r} are stored (in, out), as"
+            f" {listed([n for n, t in told.items() if t], 1)}, and some (out, in), as"
+            f" {listed([n for n, t in told.items() if not t], 1)}. Pass transposed=True or"
+            f" transposed=False for {listed(square)}."
+        )
+    default = any(told.values()) if transposed is None else transposed
+    return {**told, **dict.fromkeys(square, default)}
+
+
+def _fitted(
+    path: str,
+    layer: AdapterLayer,
+    place: Place,
+    entries: Mapping[str, Entry],
+    transposed: bool,
+) -> AdapterLayer:
+    shape = place.shape(entries[place.tensor].shape)
+    read = place.part is not None or place.tensor == path  # a parameter, by its own name
+    kind = "weight" if read or layer.kind == "weight" else ""
+    return fitted(path, layer, shape[::-1] if transposed else shape, kind)
