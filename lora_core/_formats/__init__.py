@@ -2,5 +2,6 @@
 
 from lora_core._formats.neutral import Adapter, AdapterLayer
 from lora_core._formats.reading import read
+from lora_core._formats.writing import Encoded, encode, write
 
-__all__ = ["Adapter", "AdapterLayer", "read"]
+__all__ = ["Adapter", "AdapterLayer", "Encoded", "encode", "read", "write"]

@@ -1,0 +1,38 @@
+"""What is to be written, still without a path."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lora_core._formats import container, peft
+from lora_core._formats.neutral import AdapterLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The content of a file, or of PEFT's folder.
+
+    Attributes:
+        tensors: The tensors of the safetensors file by key.
+        metadata: Its metadata.
+        layers: The layers as they are written, by the adapter's own names.
+        config: PEFT's settings, where the format is a folder of two files; else None.
+        notes: How the layers differ from the adapter's, one sentence each.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    layers: Mapping[str, AdapterLayer]
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def files(self) -> dict[str, bytes | bytearray]:
+        """The bytes by file name, "" for a file that is named by its path alone."""
+        data = container.pack(self.tensors, self.metadata)
+        if self.config is None:
+            return {"": data}
+        text = json.dumps(self.config, indent=2, sort_keys=True)
+        return {peft.WEIGHTS[0]: data, peft.CONFIG: text.encode()}

@@ -1,0 +1,211 @@
+"""What a file is to call a module: its component, its path there, and the path's spelling.
+
+The reader's `naming` finds these names again in a live model; here there is none, so that what a
+model is must show by the names and sizes of what was adapted.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+from lora_core._errors import ConfigError, listed
+from lora_core._formats.keys import COMPONENT, dotted
+from lora_core._formats.ldm import other_names
+from lora_core._formats.neutral import AdapterLayer
+
+SPELLINGS = ("diffusers", "ldm")
+_PREFIXED = re.compile(rf"{COMPONENT}(?P<path>.+)")
+_UNET = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)_.+")
+_LDM = re.compile(r"(?:input_blocks|middle_block|output_blocks)[._]")
+_LDM = re.compile(r"(?:input_blocks|middle_block|output_blocks)[._]")
+_CLIP = re.compile(r"(?:text_model_)?encoder_layers_\d+_(?:self_attn|mlp)_.+")
+# transformers had this wrapper in all of CLIP's text encoders, and files name it
+_UNWRAPPED = re.compile(r"(?:encoder\.layers|embeddings|final_layer_norm)\.?.*")
+# stems that one family alone has
+_SDXL = re.compile(
+    r"(?:add_embedding|label_emb|up_blocks_0_attentions|output_blocks_[01]_1)_.+"
+    r"|.+_transformer_blocks_[1-9]\d*_.+"
+)
+_SD = re.compile(
+    r"(?:down_blocks_0_attentions|down_blocks_3|up_blocks_3|input_blocks_[12]_1|input_blocks_1[01]"
+    r"|output_blocks_(?:9|10|11))_.+"
+)
+_CROSS = re.compile(r".+_attn2_to_[kv]")
+_WIDTHS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # of the text that a UNet sees
+# blocks on the way up that hold attention, which an adapter may leave out
+_DEEP = {"sdxl_base_v1-0": (0, 1)}
+_DEEP_SD = (1, 2, 3)
+
+
+class Place(NamedTuple):
+    """Where a layer belongs, in a file's words.
+
+    Attributes:
+        component: Which model of a pipeline; "" where that is unknown.
+        path: The module there, with dots, or as a stem.
+        spelling: "dotted", "stem" or "index", as in `AdapterLayer`.
+    """
+
+    component: str
+    path: str
+    spelling: str
+
+    @property
+    def stem(self) -> str:
+        """The path with its dots as underscores."""
+        return self.path.replace(".", "_")
+
+
+def places(layers: Mapping[str, AdapterLayer]) -> dict[str, Place]:
+    """Where each layer belongs, as far as the adapter says."""
+    found = {n: Place(x.component, x.path or n, x.spelling) for n, x in layers.items()}
+    if any(place.component or place.spelling != "dotted" for place in found.values()):
+        return found
+    # a file without components has them in its names, if in all of them
+    split = {name: _PREFIXED.fullmatch(name) for name in found}
+    keys = {name: dotted("", "", m.groupdict()) for name, m in split.items() if m is not None}
+    if len(keys) == len(found) and all(key.component for key in keys.values()):
+        return {name: Place(key.component, key.path, "dotted") for name, key in keys.items()}
+    return found
+
+
+def recognised(found: Mapping[str, Place], format: str) -> dict[str, Place]:  # noqa: A002
+    """The places with a component each: a UNet and a text encoder are known by their names.
+
+    Raises:
+        ConfigError: If a model is none of the two.
+    """
+    nameless = [name for name, place in found.items() if not place.component]
+    if not nameless:
+        return dict(found)
+    stems = [found[name].stem for name in nameless]
+    component = next(
+        (
+            component
+            for component, pattern in (("unet", _UNET), ("text_encoder", _CLIP))
+            if any(pattern.fullmatch(stem) for stem in stems)
+        ),
+        "",
+    )
+    if not component:
+        raise ConfigError(
+            f"A module must be of a known part of a pipeline to be written as {format!r}, but"
+            f" {listed(nameless)} may be of any model. Save the models by their parts, as in"
+            " {\"unet\": model}, or use format='lycoris' or format='peft'."
+        )
+    return dict(found) | {n: found[n]._replace(component=component) for n in nameless}
+
+
+def family(found: Mapping[str, Place], layers: Mapping[str, AdapterLayer]) -> str | None:
+    """Which Stable Diffusion the modules are of, in kohya's words; None where nothing tells."""
+    unet = {name: place.stem for name, place in found.items() if place.component == "unet"}
+    widths = {
+        layers[name].parts["lora_A"].shape[1]
+        for name, stem in unet.items()
+        if _CROSS.fullmatch(stem) and layers[name].config is not None
+    }
+    by_width = {_WIDTHS[width] for width in widths if width in _WIDTHS}
+    if not any(_UNET.fullmatch(stem) for stem in unet.values()):
+        return None
+    if any(_SDXL.fullmatch(stem) for stem in unet.values()) or any(
+        place.component == "text_encoder_2" for place in found.values()
+    ):
+        return "sdxl_base_v1-0"
+    if len(by_width) == 1:
+        return by_width.pop()
+    return "sd_v1" if any(_SD.fullmatch(stem) for stem in unet.values()) else None
+
+
+def respelled(
+    found: Mapping[str, Place], spelling: str, base: str | None = None, *, must: bool = False
+) -> dict[str, Place]:
+    """The places as files spell them: a UNet in one spelling, CLIP's text encoders wrapped.
+
+    Args:
+        found: Places with components.
+        spelling: One of `SPELLINGS`.
+        base: The family, as `family` gives it.
+        must: Whether stems, which can't be taken apart, must be spelled so already.
+
+    Raises:
+        ConfigError: If they must, and are not.
+    """
+    unet = {name: place for name, place in found.items() if place.component == "unet"}
+    stems = [n for n, x in unet.items() if x.spelling == "stem" and _UNET.fullmatch(x.stem)]
+    odd = [name for name in stems if bool(_LDM.match(unet[name].stem)) != (spelling == "ldm")]
+    if must and odd:
+        raise ConfigError(
+            f"A module must be known by its dotted name to be spelled otherwise, but {listed(odd)}"
+            f" is known by a stem alone, which is not of {spelling!r}. Load it into its model, and"
+            " save that."
+        )
+    paths = [place.path for place in unet.values() if place.spelling == "dotted"]
+    is_ldm = any(_LDM.match(path) for path in paths)
+    deep = [f"up_blocks.{block}.attentions.0.norm" for block in _DEEP.get(base or "", _DEEP_SD)]
+    others: Mapping[str, str] = {}
+    if paths and is_ldm != (spelling == "ldm"):
+        others = other_names(paths if is_ldm else [*paths, *deep])
+
+    def file_path(place: Place) -> str:
+        if place.spelling != "dotted":
+            return place.path
+        if place.component == "unet":
+            return others.get(place.path, place.path)
+        if place.component.startswith("text_encoder") and _UNWRAPPED.fullmatch(place.path):
+            return f"text_model.{place.path}"
+        return place.path
+
+    return {name: place._replace(path=file_path(place)) for name, place in found.items()}
+
+
+def check_dotted(
+    found: Mapping[str, Place],
+    format: str,  # noqa: A002
+    spellings: Collection[str] = ("dotted",),
+) -> None:
+    """Refuses layers whose modules are known only by other names than their dotted ones.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    odd = [name for name, place in found.items() if place.spelling not in spellings]
+    if odd:
+        raise ConfigError(
+            f"A module must be known by its dotted name to be written as {format!r}, but"
+            f" {listed(odd)} is known by a {found[odd[0]].spelling} alone. Load it into its model,"
+            " and save that."
+        )
+
+
+def check_names(
+    names: Mapping[str, str],
+    layers: Mapping[str, AdapterLayer],
+    format: str,  # noqa: A002
+    reads_back: Callable[[str], bool],
+) -> None:
+    """Refuses names that a reader would take for others, or that two modules share.
+
+    Args:
+        names: What a file calls each layer's module.
+        layers: The layers.
+        format: The file's format, for messages.
+        reads_back: Whether a reader finds a layer's own name in the file again.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    odd = [name for name in names if not reads_back(name)]
+    if odd:
+        raise ConfigError(
+            f"A module must have a name that the keys of {format!r} can spell, but {listed(odd)}"
+            " has none. Rename it, or use format='lora_core'."
+        )
+    first: dict[tuple[str, bool], str] = {}
+    for name, spelled in names.items():
+        whole = layers[name].config is None  # beside factors a module may have values
+        other = first.setdefault((spelled, whole), name)
+        if other != name:
+            raise ConfigError(
+                "Each module must have a name of its own in a file, but"
+                f" {listed([other, name])} are both {spelled!a} in {format!r}. Rename one."
+            )
