@@ -41,7 +41,7 @@ from lora_core._adapters import layers_with
 from lora_core._algebra import AlgebraReport, LayerResult
 from lora_core._algebra.methods import METHODS, dropped_entries
 from lora_core._config import AdapterConfig
-from lora_core._formats import AdapterLayer, container, native
+from lora_core._formats import AdapterLayer, container, native, read
 from lora_core.testing.laws import train_pretend
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -1036,6 +1036,52 @@ def test_names_are_found_as_load_finds_them(tmp_path: Path) -> None:
         r" numbers\. Load it into the model, and save it from there\.$"
     )):  # fmt: skip
         merge_file(tmp_path / "b.safetensors", counted, tmp_path / "none")
+
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+PARTS = {"unet": "unet", "te1": "text_encoder"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("kohya/sd15_linear", "kohya/sd15_locon_fp16", "kohya/sdxl_sgm_names"),
+        *("lycoris/kohya_locon", "lycoris/wrapper_tucker", "diffusers/sd15_nometa"),
+        *("peft/conv", "peft/dora", "peft/embedding", "peft/patterns_rslora"),
+    ],
+)
+def test_files_of_other_programs_merge_as_their_authors_merged_them(
+    case: str, tmp_path: Path
+) -> None:
+    folder = GOLDEN / case
+    about = json.loads((folder / "case.json").read_text())
+    names = ("lora.safetensors", "lycoris.safetensors", "pytorch_lora_weights.safetensors")
+    a = read(next((folder / n for n in names if (folder / n).exists()), folder))
+    plain = {n: layer for n, layer in a.layers.items() if not layer.settings.dora}
+    parts = [replace(a, layers=plain)] * 2
+    halves = combine(parts, [0.25, 0.75], dtype=torch.float32).layers
+    deltas = safetensors.torch.load_file(folder / "delta.safetensors")
+    checked = 0
+    for file in about.get("base", [f"{case}/base.safetensors"]):
+        base = {n: t.float() for n, t in safetensors.torch.load_file(GOLDEN / file).items()}
+        safetensors.torch.save_file(base, tmp_path / "base.safetensors")
+        part = Path(file).stem.rpartition("_")[2] if "base" in about else ""
+        if part not in ("", *PARTS):
+            continue
+        merge_file(
+            tmp_path / "base.safetensors",
+            replace(a, layers={**a.layers, **halves}),
+            tmp_path / f"out{part}",
+            only=PARTS.get(part),
+        )
+        after = file_state(tmp_path / f"out{part}")
+        for key, asked in deltas.items():
+            name = key.removeprefix(f"{part}.") if part == "unet" else key
+            name = name if name in base else key.removeprefix("te1.").removeprefix("text_model.")
+            if name in base and (part == "unet") == key.startswith("unet."):
+                assert relative(after[name] - base[name], asked) < about["tolerance"]
+                checked += 1
+    assert checked >= len(deltas) * 2 // 3
 
 
 # --- merge_file: refusals ---------------------------------------------------------------------
