@@ -49,8 +49,8 @@ VERBS: dict[str, Callable[[nn.Module, Path], object]] = {
     "eject all": lambda m, _: lora_core.eject(m),
     "load": lambda m, path: lora_core.load(m, path / "b", check_base=False),
 }
-# calls per layer of each verb: twice what was counted when the test was written
-MOST = 600
+# calls per layer of any verb, a quarter above the most that is counted
+MOST = 800
 
 
 @pytest.mark.parametrize("make", [flat, nested])

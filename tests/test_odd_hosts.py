@@ -1060,7 +1060,7 @@ def interrupted_at(call: Callable[[], object], k: int) -> bool:
                 raise KeyboardInterrupt
         return trace
 
-    before = sys.gettrace()
+    before, training = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(trace)
     try:
         call()
@@ -1068,6 +1068,7 @@ def interrupted_at(call: Callable[[], object], k: int) -> bool:
         return True
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(training)  # torch's own `no_grad` may be interrupted as it ends
     return False
 
 
@@ -1095,3 +1096,102 @@ def test_an_interrupt_of_a_load_leaves_the_model_before_or_after(tmp_path, portr
     assert outcomes["before"] > 150
     assert outcomes["after"] > 0
     assert torch.equal(model(x), adapted)  # the load that nothing interrupted
+
+
+# -- what once was wrong
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_an_adapter_beside_a_scripted_module_comes_and_goes():
+    model = nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.Linear(6, 6)))
+    x, flags = torch.randn(3, 6), [p.requires_grad for p in model.parameters()]
+    y = model(x)
+    inject(model, rank=2, targets="0")
+    assert not any(p.requires_grad for p in model[1].parameters())
+    lora_core.eject(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(model(x), y)
+
+
+def test_a_linear_layer_without_a_weight_is_no_obstacle_to_others():
+    class Packed(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 6, bias=False)
+            del self.weight
+            self.register_buffer("qweight", torch.randint(0, 255, (6, 3), dtype=torch.uint8))
+
+        def forward(self, x):
+            return x
+
+    model = nn.Sequential(nn.Linear(6, 6), Packed())
+    inject(model, rank=2, targets="0")
+    with pytest.raises(UnsupportedLayerError, match="has a weight that is no floating-point"):
+        inject(model, rank=2, targets="1", name="other")
+
+
+@pytest.mark.parametrize("act", [lora_core.plan, inject])
+def test_a_spectral_norm_is_not_moved_by_what_changes_nothing(act, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5))).train()
+    kept = {n: b.clone() for n, b in model.named_buffers()}
+    act(model, rank=2, targets="0")
+    if act is inject:
+        lora_core.scales(model, default=0.5)
+        with lora_core.disabled(model):
+            pass
+        lora_core.save(model, tmp_path / "a.safetensors")
+    assert kept
+    assert all(torch.equal(b, kept[n]) for n, b in model.named_buffers())
+
+
+def test_a_factor_of_another_shape_is_not_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 6))
+    inject(model, rank=2, targets="0")
+    model[0].lora_B_default = nn.Parameter(torch.randn(6, 3))
+    said = (
+        "An adapter must have the shapes of its settings to be saved, but has '0.lora_B (6, 3)"
+        " (rank 2 has (6, 2))'. Inject one of that rank instead of replacing tensors."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        lora_core.save(model, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_what_is_called_with_something_else_first_says_so():
+    class Flagged(nn.Linear):
+        def forward(self, flag, x):
+            return super().forward(x) if flag else x
+
+    model = nn.Sequential(Flagged(6, 6))
+    inject(model, rank=2, targets="0")
+    with pytest.raises(UnsupportedLayerError, match="must be called with its input first, but Fla"):
+        model[0](True, torch.randn(3, 6))
+
+
+def test_a_host_with_an_attribute_of_our_name_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6))
+    model[0].lora_configs = {}
+    with pytest.raises(UnsupportedLayerError, match=r"must leave names that begin with 'lora_'"):
+        inject(model, rank=2, targets="0")
+    assert type(model[0]) is nn.Linear
+
+
+def test_drawing_from_samples_needs_no_values_of_a_packed_weight():
+    class Coded(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 5, bias=False)
+            codes = torch.randint(0, 255, (15, 1), dtype=torch.uint8)
+            self.weight = nn.Parameter(codes, requires_grad=False)
+            self.register_buffer("dense", torch.randn(5, 6))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.dense)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Coded())
+    x = torch.randn(32, 6)
+    y = model(x)
+    inject(model, rank=2, targets="0", init="eva", samples=[x])
+    assert torch.equal(model(x), y)
+    with pytest.raises(ConfigError, match=r"not a Parameter of torch\.uint8"):
+        inject(model, rank=2, targets="0", dora=True, name="other")

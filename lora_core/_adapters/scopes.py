@@ -13,7 +13,7 @@ from torch import nn
 from lora_core._adapters.listing import layers_with
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Selection, refuse_choice
+from lora_core._layers import LoRAMixin, Selection, peek, refuse_choice
 
 
 class _Found(NamedTuple):
@@ -115,7 +115,7 @@ def _restored(layer: LoRAMixin, found: _Found, now: Selection) -> Selection:
     names, strengths, gains, bank = found.selection
     here = {n for n, c in layer.lora_configs.items() if found.adapters.get(n) is c}
     new = {name: s for name, s in zip(*now[:2], strict=True) if name not in here}
-    weight = layer.weight
+    weight = peek(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
     fit = all((g.value.device, g.value.dtype) == (weight.device, wide) for g in gains)  # type: ignore[union-attr]
     whole = list(found.adapters) == list(layer.lora_configs) and len(here) == len(bank)

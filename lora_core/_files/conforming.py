@@ -11,7 +11,7 @@ from lora_core._config import AdapterConfig
 from lora_core._errors import MismatchError
 from lora_core._formats import AdapterLayer
 from lora_core._formats.fitting import fitted
-from lora_core._layers import LoRAMixin, Slot, mixin_for, sizes
+from lora_core._layers import LoRAMixin, Slot, mixin_for, peek, sizes
 
 
 def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: str) -> AdapterLayer:
@@ -24,7 +24,7 @@ def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: s
         MismatchError: If it doesn't fit the module.
     """
     mixin = _mixin(module)
-    weight: Any = module.weight
+    weight = peek(module)
     matrix = weight.T if _is_transposed(module) else weight
     found = fitted(name, found, matrix.shape, mixin.lora_kind, where)
     if found.config is None:
@@ -62,7 +62,7 @@ def _mixin(module: nn.Module | Slot) -> type[LoRAMixin]:
 
 def _is_transposed(module: nn.Module | Slot) -> bool:
     """Whether a layer of the linear kind stores its matrix (in, out)."""
-    weight: Any = module.weight
+    weight = peek(module)
     mixin = _mixin(module)
     return mixin.lora_kind == "linear" and mixin.lora_matrix(weight) is not weight
 
@@ -128,7 +128,7 @@ def _shaped(parts: dict[str, Tensor], module: nn.Module | Slot) -> dict[str, Ten
     """Matrices in the shapes that the module's own factors have."""
     if _mixin(module).lora_kind != "conv":
         return parts
-    weight: Any = module.weight
+    weight = peek(module)
     _, size, *kernel = weight.shape
     lora_A, lora_B = parts["lora_A"], parts["lora_B"]
     return {

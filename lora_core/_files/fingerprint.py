@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core._layers import LoRAMixin, LoRAWeight, Slot
+from lora_core._layers import LoRAMixin, LoRAWeight, Slot, peek
 
 _SAMPLES = 4  # values per layer
 
@@ -68,7 +68,7 @@ def _is_stored(module: nn.Module | Slot) -> bool:
 
 def original(module: nn.Module | Slot) -> Tensor:
     """A layer's weight as it is unmerged."""
-    weight = module.weight
+    weight = peek(module)
     merged = module.lora_merged if isinstance(module, LoRAMixin) else None
     kept = merged.kept if merged is not None else None
     assert isinstance(weight, Tensor)

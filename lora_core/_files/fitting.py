@@ -8,7 +8,7 @@ from lora_core._errors import CorruptFileError, MismatchError, listed
 from lora_core._files.fingerprint import differing
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._injection import Candidate
-from lora_core._layers import Slot, mixin_for, part_shapes, sizes
+from lora_core._layers import Slot, mixin_for, part_shapes, peek, sizes
 
 
 def resolve(
@@ -36,7 +36,7 @@ def resolve(
             f"Layers must have the sizes that {where!r} was made for, but {len(wrong)} of"
             f" {len(found)} differ: {listed(wrong)}. Load it into the model it was made for."
         )
-    hollow = [n for n, c in found.items() if c.module.weight.is_meta]
+    hollow = [n for n, c in found.items() if peek(c.module).is_meta]
     if hollow:
         raise MismatchError(
             f"Every layer of {where!r} must be materialised in the model, but {listed(hollow)} is"

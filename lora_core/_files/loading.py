@@ -17,7 +17,7 @@ from lora_core._formats import Adapter, AdapterLayer, read
 from lora_core._formats.loralib import Enabled
 from lora_core._injection import Candidate, Graft, graft, modules_of, regraft, walk
 from lora_core._injection.planning import describe
-from lora_core._layers import refuse_choice, reserved, sizes
+from lora_core._layers import peek, refuse_choice, reserved, sizes
 from lora_core._reports import Report, count
 
 
@@ -169,7 +169,7 @@ def _room(
 
 
 def _graft(candidate: Candidate, layer: AdapterLayer, room: int | None) -> Graft:
-    weight: torch.Tensor = candidate.module.weight  # type: ignore[assignment]
+    weight = peek(candidate.module)
     config = dataclasses.replace(layer.settings, reserve_rank=room)
     with torch.inference_mode(mode=False):
         parts = {

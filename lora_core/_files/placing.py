@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -11,7 +10,7 @@ from lora_core._files.conforming import conformed, joined
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.naming import Host, Resolution, resolve
 from lora_core._injection import Candidate, walk
-from lora_core._layers import mixin_for
+from lora_core._layers import mixin_for, peek
 
 
 def chosen(file: Adapter, only: str | None, where: str) -> Adapter:
@@ -71,8 +70,7 @@ def _hosts(candidates: Mapping[str, Candidate]) -> list[Host]:
     for name, candidate in candidates.items():
         mixin = mixin_for(candidate.module)
         assert mixin is not None
-        weight: Any = candidate.module.weight
-        found.append(Host(name, mixin.lora_kind, tuple(weight.shape)))
+        found.append(Host(name, mixin.lora_kind, tuple(peek(candidate.module).shape)))
     return found
 
 

@@ -14,7 +14,7 @@ from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
 from lora_core._formats import Adapter, AdapterLayer, container, native
 from lora_core._injection import walk
-from lora_core._layers import LoRAMixin, non_finite
+from lora_core._layers import LoRAMixin, non_finite, part_shapes
 from lora_core._reports import SaveReport
 
 
@@ -80,6 +80,7 @@ def save(
             f"An adapter must have values to be saved, but that of {listed(hollow)} is on the meta"
             " device. Call `model.to_empty(device=...)` and train it first."
         )
+    _check_shapes(layers, name)
     others, file_layers = _other_names(model, layers), {}
     for n, layer in layers.items():
         config, parts = layer.lora_configs[name], cast(Mapping[str, torch.Tensor], held[n])
@@ -97,6 +98,21 @@ def save(
     container.write(path, data)
     numbers = sum(t.numel() for t in tensors.values())
     return SaveReport(os.fspath(path), name, tuple(layers), numbers, len(data))
+
+
+def _check_shapes(layers: Mapping[str, LoRAMixin], name: str) -> None:
+    """Refuses tensors that were replaced by others, which no reader would take."""
+    odd = [
+        f"{n}.{part} {tuple(p.shape)} (rank {layer.lora_configs[name].rank} has {shape})"
+        for n, layer in layers.items()
+        for part, shape in part_shapes(layer, layer.lora_configs[name]).items()
+        if (p := layer.lora_parts(name)[part]).shape != shape
+    ]
+    if odd:
+        raise ConfigError(
+            f"An adapter must have the shapes of its settings to be saved, but has {listed(odd)}."
+            " Inject one of that rank instead of replacing tensors."
+        )
 
 
 def _bad(held: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:

@@ -24,6 +24,7 @@ from lora_core._injection.targets import (
     walk,
 )
 from lora_core._layers import (
+    OWN,
     LoRAMixin,
     LoRAWeight,
     Slot,
@@ -209,6 +210,16 @@ def check_room(
     staying = {id(c) for c in chosen} | {id(c) for c in candidates if set(_adapters(c)) - {name}}
     _refuse_overlap([c for c in candidates if id(c) in staying], chosen)
     fresh = [c for c in chosen if name not in _adapters(c)]
+    for new in OWN:
+        clash = [
+            c.name for c in fresh if not isinstance(c.module, LoRAMixin) and hasattr(c.module, new)
+        ]
+        if clash:
+            raise UnsupportedLayerError(
+                f"A layer must leave names that begin with 'lora_' to its adapters, but"
+                f" {listed(clash)} has an attribute {new!r} of its own. Rename it, or exclude the"
+                " layer."
+            )
     for new in sorted(factor_names([name])):
         clash = [c.name for c in fresh if hasattr(c.module, new)]
         if not clash:

@@ -306,6 +306,11 @@ def _snapshot(module: nn.Module) -> _Snapshot:
 
 def _restore(before: Sequence[_Snapshot]) -> None:
     for module, cls, attributes, parameters, children, hooks, flags in before:
+        for p, flag, grad in flags:
+            p.requires_grad_(flag)
+            p.grad = grad
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # nothing else of it was changed, and what it holds can't be replaced
         module.__class__ = cls
         vars(module).clear()
         vars(module).update(attributes)
@@ -315,9 +320,6 @@ def _restore(before: Sequence[_Snapshot]) -> None:
         module._modules.update(children)
         module._forward_pre_hooks.clear()
         module._forward_pre_hooks.update(hooks)
-        for p, flag, grad in flags:
-            p.requires_grad_(flag)
-            p.grad = grad
 
 
 def _freeze(module: nn.Module, adapter: str, *, others: bool) -> None:
@@ -346,12 +348,13 @@ def _thaw(module: nn.Module, names: Sequence[str]) -> int:
     """
     record = dict(vars(module).get(FROZEN, {}))
     gone, order, restored = factor_names(names), list(record), 0
+    own = dict(module._parameters.items())  # a scripted module's have no `get`
     for i, name in enumerate(order):
         if name not in names:
             record[name] = {key: flag for key, flag in record[name].items() if key not in gone}
             continue
         for key in [key for key, trained in record.pop(name).items() if trained]:
-            p = module._parameters.get(key)
+            p = own.get(key)
             heir = next((n for n in order[i + 1 :] if key in record[n]), None)
             if heir is not None:
                 record[heir] = {**record[heir], key: True}

@@ -1,6 +1,8 @@
 """Layers that carry adapters."""
 
+from lora_core._layers.anatomy import peek
 from lora_core._layers.attaching import (
+    OWN,
     attach,
     call_me,
     detach,
@@ -37,6 +39,7 @@ __all__ = [
     "CHILD",
     "FROZEN",
     "KINDS",
+    "OWN",
     "PINS",
     "PROJECTIONS",
     "LoRAConv1d",
@@ -65,6 +68,7 @@ __all__ = [
     "mixin_for",
     "non_finite",
     "part_shapes",
+    "peek",
     "pin_of",
     "refuse_choice",
     "refuse_merged",

@@ -1,7 +1,7 @@
 """What an adapter consists of on a kind of layer: its tensors, their shapes and their layouts."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,23 @@ from lora_core import functional
 from lora_core._config import AdapterConfig
 
 Shape = tuple[int, ...]
+
+
+def peek(module: Any) -> Tensor:
+    """A layer's weight as a forward would find it, read without moving anything.
+
+    A parametrization may change when it is read in training mode, as a spectral norm does.
+    """
+    computed = module._modules.get("parametrizations") if isinstance(module, nn.Module) else None
+    moving = [m for m in computed.modules() if m.training] if computed is not None else []
+    try:
+        for m in moving:
+            m.training = False
+        weight: Tensor = module.weight
+        return weight
+    finally:
+        for m in moving:
+            m.training = True
 
 
 class Anatomy(nn.Module):
@@ -125,7 +142,7 @@ class Anatomy(nn.Module):
 
     def lora_probe(self, generator: torch.Generator) -> Tensor:
         """An input on which a host can be tried."""
-        weight = self.weight
+        weight = peek(self)
         x = torch.randn(4, self.lora_sizes(self)[0], generator=generator)
         return x.to(weight.device, weight.dtype)
 

@@ -18,7 +18,7 @@ from lora_core._config import (
     check_rank,
 )
 from lora_core._errors import ConfigError
-from lora_core._layers.anatomy import Shape
+from lora_core._layers.anatomy import Shape, peek
 from lora_core._layers.mixin import (
     KINDS,
     LoRAMixin,
@@ -29,6 +29,7 @@ from lora_core._layers.norms import length_of
 from lora_core._layers.state import NOTHING, Strength
 from lora_core._layers.weights import LoRAWeight, Slot
 
+OWN = ("lora_configs", "lora_selection", "lora_merged")  # what every adapted layer has
 PARTS = (
     *("lora_A", "lora_B", "lora_mid", "lora_magnitude", "lora_in_magnitude", "lora_bias"),
     *("lora_A0", "lora_B0"),
@@ -86,7 +87,7 @@ def why_not(module: nn.Module | Slot) -> str:
         )
     if any(vars(m).get("lora_owner") for m in module._modules.values() if m is not None):
         return "has an adapter on a parameter of its own. Eject that first, or exclude the layer."
-    weight = module.weight
+    weight = getattr(module, "weight", None) if _has_own_forward(module) else peek(module)
     if _has_own_forward(module) and isinstance(weight, Tensor) and not _is_sharded(weight):
         return ""  # whatever the weight is stored as, the host's forward knows
     return _why_not_weight(weight)
@@ -149,7 +150,7 @@ def layer_config(
             f"`alpha` must not be 0, but is {alpha!r}{where}: the adapter could have no effect and"
             " no gradient. Use `scales` to turn an adapter off."
         )
-    wide = _wide_dtype(module.weight)  # type: ignore[arg-type]
+    wide = _wide_dtype(peek(module))
     config = AdapterConfig(
         rank=rank,
         alpha=check_alpha(alpha, rank),
@@ -169,12 +170,13 @@ def layer_config(
 
 def _unreadable(module: nn.Module | Slot, config: AdapterConfig) -> str:
     """Which setting needs values of the weight that can't be read; "" if none."""
-    weight = module.weight
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()  # type: ignore[operator]
+    weight = peek(module)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if config.dora or config.subtracted:
         what = "`dora=True`" if config.dora else f"`init={config.init!r}`"
         if not plain:
-            return f"{what} needs a weight of plain floating numbers, not a {type(weight).__name__}"
+            found = f"a {type(weight).__name__} of {weight.dtype}"
+            return f"{what} needs a weight of plain floating numbers, not {found}"
         if weight.is_meta:
             return f"{what} needs the weight's values, which the meta device has none of"
         if config.subtracted and config.scale <= 0:
@@ -205,7 +207,7 @@ def fresh_parts(
         generator: What draws.
         covariance: Of the layer's inputs, where `init` is made from them.
     """
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = peek(module)
     wide = _wide_dtype(weight)  # a length that is rounded would change a fresh adapter's output
     shapes = part_shapes(module, config)
     with torch.inference_mode(mode=False), torch.no_grad():
@@ -233,14 +235,13 @@ def _values(
     generator: torch.Generator | None,
     covariance: Tensor | None,
 ) -> dict[str, Tensor]:
-    mixin, weight = _mixin(module), module.weight
-    assert isinstance(weight, Tensor)
+    mixin, weight = _mixin(module), peek(module)
     size, out = mixin.lora_sizes(module)  # type: ignore[arg-type]
     rank, room, batch = config.rank, config.room, shapes["lora_A"][:-2] * (mixin is LoRAWeight)
     down = size if not config.tucker else shapes["lora_A"][1]
-    needs_values = config.subtracted or config.init == "eva"
-    matrix = mixin.lora_matrix(weight) if needs_values else torch.empty(out, down, device="meta")
-    matrices = matrix.reshape(-1, *matrix.shape[-2:]) if batch and needs_values else [matrix]
+    by_values = config.subtracted
+    matrix = mixin.lora_matrix(weight) if by_values else torch.empty(out, down, device="meta")
+    matrices = matrix.reshape(-1, *matrix.shape[-2:]) if batch and by_values else [matrix]
     drawn = [
         functional.initial_factors(
             config.init,
@@ -251,7 +252,7 @@ def _values(
             covariance=covariance,
             fan_in=mixin.lora_fan_in(down),
         )
-        for m in (matrices if needs_values else [matrix] * math.prod(batch))
+        for m in (matrices if by_values else [matrix] * math.prod(batch))
     ]
     lora_A, lora_B = torch.zeros(*batch, room, down), torch.zeros(*batch, out, room)
     lora_A[..., :rank, :] = torch.stack([A for A, _ in drawn]).view(*batch, rank, down)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._layers.adopting import Adopting, plain_attributes
-from lora_core._layers.anatomy import Shape
+from lora_core._layers.anatomy import Shape, peek
 from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin
 from lora_core._layers.state import Update
 
@@ -24,16 +24,18 @@ class ConvMixin(LoRAMixin):
 
     lora_kind: ClassVar[str] = "conv"
 
+    kernel_size: tuple[int, ...]
+
     @classmethod
     def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
         """What one output sees, in numbers, and the output channels."""
-        out_channels, *seen = host.weight.shape  # type: ignore[misc]
+        out_channels, *seen = peek(host).shape
         return math.prod(seen), out_channels
 
     @classmethod
     def lora_shapes(cls, host: nn.Module, config: AdapterConfig) -> dict[str, Shape]:
         """The shapes of the parts, as weights of convolutions."""
-        out, size, *kernel = host.weight.shape  # type: ignore[misc]
+        out, size, *kernel = peek(host).shape
         rank, ones = config.room, [1] * len(kernel)
         down = (rank, size, *(ones if config.tucker else kernel))
         every = {
@@ -53,7 +55,7 @@ class ConvMixin(LoRAMixin):
         """The Tucker form needs a channel for each rank."""
         if not config.tucker:
             return ""
-        _, size, *_ = host.weight.shape  # type: ignore[misc]
+        _, size, *_ = peek(host).shape
         if config.init in ("eva", "pissa", "olora"):
             return f"`init={config.init!r}` gives two factors, and `tucker=True` asks for three"
         return (
@@ -95,15 +97,16 @@ class ConvMixin(LoRAMixin):
         host: Any = self
         spans = [(k - 1) * d + 1 for k, d in zip(host.kernel_size, host.dilation, strict=True)]
         x = torch.randn(2, host.in_channels, *[2 * s + 1 for s in spans], generator=generator)
-        return x.to(self.weight.device, self.weight.dtype)
+        weight = peek(self)
+        return x.to(weight.device, weight.dtype)
 
     def lora_channels(self, values: Tensor, out: Tensor) -> Tensor:  # noqa: ARG002
         """Values per output channel, as they broadcast to an output, batched or not."""
-        return values.view(*values.shape, *[1] * (self.weight.ndim - 2))
+        return values.view(*values.shape, *[1] * len(self.kernel_size))
 
     def lora_columns(self, values: Tensor) -> Tensor:
         """Values per input channel."""
-        return values.view(-1, *[1] * (self.weight.ndim - 2))
+        return values.view(-1, *[1] * len(self.kernel_size))
 
     def lora_through_weight(self, x: Tensor, columns: Tensor) -> Tensor:
         """The convolution of an input whose channels are multiplied by `columns`."""
@@ -116,7 +119,7 @@ class ConvMixin(LoRAMixin):
 
     def lora_samples(self, x: Tensor) -> int | None:
         """The batch, None for an input without one."""
-        return x.shape[0] if x.ndim == self.weight.ndim else None
+        return x.shape[0] if x.ndim == len(self.kernel_size) + 2 else None
 
 
 class LoRAConv1d(Adopting, ConvMixin, nn.Conv1d):

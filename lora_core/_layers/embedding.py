@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._layers.adopting import Adopting, plain_attributes
+from lora_core._layers.anatomy import peek
 from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin
 from lora_core._layers.state import Update
 
@@ -25,7 +26,7 @@ class EmbeddingMixin(LoRAMixin):
     @classmethod
     def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
         """Entries, and numbers per entry."""
-        num_embeddings, embedding_dim = host.weight.shape  # type: ignore[misc]
+        num_embeddings, embedding_dim = peek(host).shape
         return num_embeddings, embedding_dim
 
     @classmethod
@@ -83,8 +84,8 @@ class EmbeddingMixin(LoRAMixin):
 
     def lora_probe(self, generator: torch.Generator) -> Tensor:
         """Some indices."""
-        entries = self.weight.shape[0]
-        return torch.randint(entries, (16,), generator=generator).to(self.weight.device)
+        weight = peek(self)
+        return torch.randint(weight.shape[0], (16,), generator=generator).to(weight.device)
 
     def lora_samples(self, x: Tensor) -> int | None:
         """The first dimension of the indices."""

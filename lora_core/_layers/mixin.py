@@ -17,6 +17,7 @@ from lora_core._errors import (
     MergeError,
     UnsupportedLayerError,
 )
+from lora_core._layers.anatomy import peek
 from lora_core._layers.calling import checked, recorded
 from lora_core._layers.collecting import Collecting
 from lora_core._layers.state import Active, Update
@@ -51,6 +52,12 @@ class LoRAMixin(Collecting):
         x: Any = args[0] if args else next(iter(kwargs.values()))
         if isinstance(x, Proxy):
             return recorded(self, x, args, kwargs)  # type: ignore[return-value]
+        if not isinstance(x, Tensor):
+            raise UnsupportedLayerError(
+                "An adapted layer must be called with its input first, but"
+                f" {self.host_class.__name__} is called with a {type(x).__name__}. Eject the"
+                " adapter from this layer."
+            )
         base: Tensor = super().forward(*args, **kwargs)  # the host's
         if not isinstance(base, Tensor):
             raise UnsupportedLayerError(
@@ -280,7 +287,7 @@ class TransposedLoRAMixin(LoRAMixin):
     @classmethod
     def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
         """The weight's own order."""
-        in_features, out_features = host.weight.shape  # type: ignore[misc]
+        in_features, out_features = peek(host).shape
         return in_features, out_features
 
     @classmethod

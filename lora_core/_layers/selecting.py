@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError
-from lora_core._layers.anatomy import Anatomy
+from lora_core._layers.anatomy import Anatomy, peek
 from lora_core._layers.state import Gain, Selection, Strength
 
 
@@ -42,7 +42,8 @@ class Selecting(Anatomy):
         One of its own on every layer: a compiled graph guards on which tensors are the same, so
         one that all shared would make it compile again when the choice changes.
         """
-        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
+        weight = peek(self)
+        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         names, _, _, bank = self.lora_selection
         for known, gain in zip(self.lora_configs, bank, strict=True) if name not in names else ():
             if known == name and _fits(gain, config, device, dtype):
@@ -50,7 +51,7 @@ class Selecting(Anatomy):
         return _gain(0.0, config, device, dtype)
 
     def _lora_gain(self, name: str, config: AdapterConfig, strength: Strength) -> Gain:
-        weight = self.weight
+        weight = peek(self)
         device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         for known, s, gain in zip(*self.lora_selection[:3], strict=True):
             same = (known, s) == (name, strength) and _fits(gain, config, device, dtype)
