@@ -230,6 +230,12 @@ def test_a_module_called_like_a_component_is_found_by_its_whole_name() -> None:
     assert resolve(layers, {"": plain("unet.fc")}).found == {"unet.fc": ("", "unet.fc")}
 
 
+def test_an_attention_means_the_matrix_of_its_three_projections() -> None:
+    live = plain("block.attn.in_proj_weight", "block.attn.out_proj")
+    there = resolve({"block.attn": layer(), "block.attn.out_proj": layer()}, {"": live})
+    assert [path for _, path in there.found.values()] == [host.path for host in live]
+
+
 def test_a_transformer_goes_by_the_name_of_a_unet() -> None:
     layers = {"lora_unet_fc": layer("fc", "unet", "stem")}
     assert resolve(layers, {"transformer": plain("fc")}).found == {

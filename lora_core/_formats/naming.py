@@ -16,6 +16,7 @@ from lora_core._formats.numbering import numbered
 
 _TEXT_MODEL = "text_model."  # a wrapper that transformers has had, and has no longer
 _IN_TEXT = ("encoder.layers.", "embeddings.", "final_layer_norm")
+_IN_PROJ = ".in_proj_weight"  # what PEFT adapts of an attention, by the attention's own name
 # programs call any denoiser a UNet
 _STANDS_FOR = {"unet": "transformer"}
 _NEAR = 5  # names of which near misses are looked for
@@ -138,6 +139,8 @@ def _spellings(path: str, others: Mapping[str, str]) -> Iterator[str]:
     yield path
     if path in others:
         yield others[path]
+    if path.endswith(_IN_PROJ):
+        yield path.removesuffix(_IN_PROJ)
     if path.startswith(_TEXT_MODEL):
         yield path.removeprefix(_TEXT_MODEL)
     elif path.startswith(_IN_TEXT):
