@@ -1,5 +1,6 @@
 """Where in a checkpoint each layer of an adapter belongs."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -105,7 +106,8 @@ def located(
             )
     layers = {path: adapter.layers[name] for name, path in paths.items()}
     places = {path: place for path in layers if (place := place_of(path, checkpoint.entries))}
-    twice = [p for p, place in places.items() if list(places.values()).count(place) > 1]
+    times = Counter(places.values())
+    twice = [path for path, place in places.items() if times[place] > 1]
     if twice or len(layers) < len(paths):
         raise MismatchError(
             f"Each layer must have a tensor of its own, but {listed(twice or paths)} share one of"
