@@ -220,6 +220,50 @@ def test_an_overflow_in_the_last_layer_changes_no_layer(reversible: bool) -> Non
     assert_bits(model, before)
 
 
+@pytest.mark.parametrize("reversible", [True, False])
+def test_finite_weights_are_merged_though_their_sum_overflows(reversible: bool) -> None:
+    model = adapted()
+    with torch.no_grad():
+        model[1].weight.fill_(1e38)
+    lora_core.merge(model, reversible=reversible)
+    assert all(layer.lora_merged is not None for layer in model)
+    assert model[1].weight.isfinite().all()
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1300, 1100, 1000])
+def test_a_weight_that_is_merged_in_pieces_is_as_by_one_product(dtype, rows) -> None:
+    layer = LoRALinear(nn.Linear(900, rows, dtype=dtype), rank=3).eval()
+    train_pretend(layer, "default")
+    lora_A, lora_B = layer.lora_factors("default")
+    whole = torch.addmm(layer.weight, lora_B * layer.lora_configs["default"].scale, lora_A)
+    lora_core.merge(layer)
+    few_ulps = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer.weight.detach(), whole.detach(), rtol=few_ulps, atol=few_ulps)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("at", [0, 500, 999])
+def test_what_is_not_finite_is_found_in_every_piece(at: int) -> None:
+    layer = LoRALinear(nn.Linear(900, 1000), rank=1).eval()
+    train_pretend(layer, "default")
+    with torch.no_grad():
+        layer.weight[at, 0], layer.weight[at, 1] = torch.inf, -torch.inf
+    before = layer.weight.detach().clone()
+    with pytest.raises(MergeError, match="^A merged weight must be finite, but that of"):
+        lora_core.merge(layer)
+    assert torch.equal(layer.weight, before)
+
+
 def test_without_copies_the_update_stays_and_unmerge_refuses() -> None:
     model, x = adapted(torch.float64), torch.randn(4, 6, dtype=torch.float64)
     expected, pointers = model(x), [m.weight.data_ptr() for m in model]

@@ -1,6 +1,6 @@
 """Adding the active updates to the weights, and handing the originals back bit for bit."""
 
-from collections.abc import Iterator
+import math
 from contextlib import ExitStack
 
 import torch
@@ -10,12 +10,16 @@ from lora_core import functional
 from lora_core._adapters import layers_with
 from lora_core._errors import MergeError, listed
 from lora_core._layers import LoRAMixin, Merged
-from lora_core._merging.checking import batches, check_factors, check_merged
+from lora_core._merging.checking import check_factors, check_merged, read
 from lora_core._merging.probing import is_linear_in_weight, probe
 from lora_core._merging.refusing import refuse_hollow, tied_to_merge, to_merge
-from lora_core._merging.rounding import Sample, lost, sampled
+from lora_core._merging.rounding import Losses, Sample, sampled, some_columns, some_rows
 from lora_core._merging.swapping import adds_to_bias, own_weight, put, restore, strengths_of
+from lora_core._merging.writing import added
 from lora_core._reports import MergeReport
+
+_TOGETHER = 2**17  # numbers whose rounding is looked at together
+_FEW = 2**12  # so many always are: thousands of tiny layers should be few operations
 
 
 def merge(
@@ -59,10 +63,12 @@ def merge(
     refuse_hollow(layers)
     check_factors(layers)
     strengths = {name: s for layer in layers.values() for name, s in strengths_of(layer).items()}
-    how = _merge_reversibly if reversible else _merge_in_place
     # weights made in inference mode could not be trained on after an unmerge
     with torch.inference_mode(mode=False), torch.no_grad():  # in this order: leaving turns it on
-        loss = how(layers, tied, torch.device(keep) if keep is not None else None)
+        if reversible:
+            loss = _merge_reversibly(layers, tied, None if keep is None else torch.device(keep))
+        else:
+            loss = _merge_in_place(layers)
     return MergeReport(strengths, tuple(layers), reversible, loss)
 
 
@@ -103,18 +109,14 @@ def unmerge(model: nn.Module) -> MergeReport:
 def _merge_reversibly(
     layers: dict[str, LoRAMixin], tied: set[str], keep: torch.device | None
 ) -> dict[str, float]:
-    new, samples = {}, {}
-
-    def made() -> Iterator[tuple[str, Tensor]]:
-        for name, layer in layers.items():
-            new[name], samples[name] = _new_weight(name, layer)
-            yield name, new[name]
-
-    for batch in batches(made()):  # while they are in the cache
-        check_merged(batch)
-    loss = lost(samples)
+    new, sums, losses = {}, {}, Losses(_TOGETHER)
+    for name, layer in layers.items():
+        new[name], sums[name], sample = _new_weight(name, layer)
+        losses.add(name, sample)
+    check_merged(new, sums)
     biases = {n: _new_bias(n, m) for n, m in layers.items()}
     kept = {n: m.lora_held() if keep is None else m.lora_held().to(keep) for n, m in layers.items()}
+    loss = losses.finish()
     with ExitStack() as undo:
         for name, layer in layers.items():
             own, bias = own_weight(layer), biases[name]
@@ -129,67 +131,56 @@ def _merge_reversibly(
     return loss
 
 
-def _merge_in_place(
-    layers: dict[str, LoRAMixin],
-    tied: set[str],  # noqa: ARG001  # refused before
-    keep: torch.device | None,  # noqa: ARG001  # nothing is kept
-) -> dict[str, float]:
+def _merge_in_place(layers: dict[str, LoRAMixin]) -> dict[str, float]:
+    _refuse_overflow(layers)
+    largest = max(layer.weight.numel() for layer in layers.values())
+    # so few that working them out takes less memory than a layer
+    losses = Losses(max(_FEW, min(_TOGETHER, largest // 16)))
     for name, layer in layers.items():
-        if is_linear_in_weight(layer):
-            _refuse_overflow(name, layer)
-        else:  # only the sum itself can be tried
-            check_merged([(name, _new_weight(name, layer)[0])])
-        _new_bias(name, layer)
-    loss: dict[str, float] = {}
-    for name, layer in layers.items():
-        state = Merged(strengths_of(layer), None)
-        if _sums_in_product(layer):
-            loss |= lost({name: _add_in_place(layer, state)})
-            continue
-        new, sample = _new_weight(name, layer)
-        check_merged([(name, new)])
-        loss |= lost({name: sample})
-        bias = _new_bias(name, layer)
-        try:
-            _overwrite(layer, new, bias, state)
-        except BaseException:  # finish this layer: copying is idempotent, adding would not be
-            _overwrite(layer, new, bias, state)
-            raise
-    return loss
+        put_in = _add_in_place if _sums_in_product(layer) else _copy_in_place
+        losses.add(name, put_in(name, layer, Merged(strengths_of(layer), None)))
+    return losses.finish()
 
 
-def _refuse_overflow(name: str, layer: LoRAMixin) -> None:
-    """Raises where a merged weight would not be finite, mostly without computing it.
+def _refuse_overflow(layers: dict[str, LoRAMixin]) -> None:
+    """Raises where a merged value would not be finite, mostly without computing it.
 
     By Cauchy-Schwarz no entry of the update exceeds the norm of its B times that of its A.
     """
-    if any(layer.lora_configs[n].dora for n in layer.lora_selection.names):
-        check_merged([(name, _new_weight(name, layer)[0])])
-        return
-    lora_A, lora_B, gain = layer.lora_stacked()
-    bound = (lora_A.double().norm() * (lora_B * gain).double().norm()).to(layer.weight.device)
-    low, high = layer.weight.aminmax()
-    largest = torch.maximum(-low, high).double()
-    if not bool(largest + bound < torch.finfo(layer.weight.dtype).max / 2):
-        check_merged([(name, _new_weight(name, layer)[0])])
+    bounded: dict[str, tuple[Tensor, ...]] = {}
+    for name, layer in layers.items():
+        if is_linear_in_weight(layer) and not any(
+            layer.lora_configs[n].dora for n in layer.lora_selection.names
+        ):
+            lora_A, lora_B, gain = layer.lora_stacked()
+            norms = torch.linalg.vector_norm(lora_A), torch.linalg.vector_norm(lora_B * gain)
+            bounded[name] = (*norms, *layer.weight.aminmax())
+    numbers = iter(read([number for four in bounded.values() for number in four]))
+    bounds = dict(zip(bounded, zip(*[numbers] * 4, strict=True), strict=True))
+    for name, layer in layers.items():
+        down, up, low, high = bounds.get(name, (math.inf,) * 4)
+        if not max(-low, high) + down * up < torch.finfo(layer.weight.dtype).max / 2:
+            check_merged({name: _new_weight(name, layer)[0]})  # only the sum itself can be tried
+        _new_bias(name, layer)
 
 
-def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, Sample]:
-    """The merged weight, not yet checked, and a sample of it."""
+def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, Tensor, Sample]:
+    """The merged weight, not yet checked, the sum of its numbers, and a sample of it."""
     weight = layer.weight
     update: tuple[Tensor, ...]
     if _sums_in_product(layer):
         lora_A, lora_B, rows = _scaled(layer)
-        new = torch.addmm(weight, lora_B, lora_A)
-        update = (rows, lora_A)
+        new, total = added(weight, lora_A, lora_B)
+        update = (rows, some_columns(lora_A))
     else:
         delta = layer.lora_delta()
         new = functional.merged_weight(weight, delta)
+        total = new.sum()
         if not is_linear_in_weight(layer):
-            check_merged([(name, new)])
+            check_merged({name: new}, {name: total})
             probe(name, layer, new)
         update = (sampled(delta).clone(),)  # all the rest of it may go
-    return new, Sample(sampled(weight), sampled(new), update)
+    return new, total, Sample(sampled(weight), sampled(new), update)
 
 
 def _new_bias(name: str, layer: LoRAMixin) -> Tensor | None:
@@ -200,7 +191,7 @@ def _new_bias(name: str, layer: LoRAMixin) -> Tensor | None:
     assert bias is not None
     assert delta is not None
     new = functional.merged_weight(bias, delta)
-    check_merged([(name, new)])
+    check_merged({name: new})
     return new
 
 
@@ -224,10 +215,10 @@ def _scaled(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
     lora_A, lora_B, gain = layer.lora_stacked()
     dtype = layer.weight.dtype
     lora_B = lora_B.to(dtype) * gain.to(dtype)
-    return lora_A.to(dtype), lora_B, sampled(lora_B)
+    return lora_A.to(dtype), lora_B, some_rows(lora_B)
 
 
-def _add_in_place(layer: LoRAMixin, state: Merged) -> Sample:
+def _add_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:  # noqa: ARG001
     lora_A, lora_B, rows = _scaled(layer)
     weight = layer.weight
     old, version = sampled(weight).clone(), weight._version
@@ -238,7 +229,20 @@ def _add_in_place(layer: LoRAMixin, state: Merged) -> Sample:
         if weight._version != version:
             layer.lora_merged = state
         raise
-    return Sample(old, sampled(weight), (rows, lora_A))
+    return Sample(old, sampled(weight).clone(), (rows.clone(), some_columns(lora_A)))
+
+
+def _copy_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:
+    new, total, (old, arrived, update) = _new_weight(name, layer)
+    check_merged({name: new}, {name: total})
+    sample = Sample(old.clone(), arrived.clone(), update)
+    bias = _new_bias(name, layer)
+    try:
+        _overwrite(layer, new, bias, state)
+    except BaseException:  # finish this layer: copying is idempotent, adding would not be
+        _overwrite(layer, new, bias, state)
+        raise
+    return sample
 
 
 def _overwrite(layer: LoRAMixin, weight: Tensor, bias: Tensor | None, state: Merged) -> None:

@@ -1,6 +1,8 @@
-"""Whether all values are finite: few operations, though the layers be thousands and tiny."""
+"""Whether all values are finite: one pass over each tensor, and one read for all of them."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,20 +10,18 @@ from torch import Tensor
 from lora_core._errors import MergeError, listed
 from lora_core._layers import LoRAMixin
 
-# numbers that are looked at together: enough that thousands of tiny layers are few operations, and
-# so few that an in-place merge needs less memory than a layer
-_TOGETHER = 2**14
+_Key = TypeVar("_Key")
 
 
-def check_factors(layers: dict[str, LoRAMixin]) -> None:
+def check_factors(layers: Mapping[str, LoRAMixin]) -> None:
     """Refuses non-finite factors and strengths: cheap, and before any large product."""
-    factors = (
-        (f"{name}.{adapter}", factor)
+    factors = {
+        (name, adapter, part): factor.detach()
         for name, layer in layers.items()
         for adapter in layer.lora_selection.names
-        for factor in layer.lora_parts(adapter).values()
-    )
-    bad = list(dict.fromkeys(n for batch in batches(factors) for n in _non_finite(batch)))
+        for part, factor in layer.lora_parts(adapter).items()
+    }
+    bad = list(dict.fromkeys(f"{name}.{adapter}" for name, adapter, _ in _non_finite(factors)))
     if bad:
         raise MergeError(
             f"An adapter must be finite to be merged, but {listed(bad)} holds NaN or infinity."
@@ -29,47 +29,46 @@ def check_factors(layers: dict[str, LoRAMixin]) -> None:
         )
 
 
-def check_merged(batch: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises if a merged value is not finite."""
-    batch = list(batch)
-    bad = _non_finite(batch)
+def check_merged(new: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None) -> None:
+    """Raises if a merged value is not finite.
+
+    Args:
+        new: The values, by the layer's name.
+        sums: The sum of each, where it was taken already.
+    """
+    bad = _non_finite(new, sums)
     if bad:
         raise MergeError(
             f"A merged weight must be finite, but that of {bad[0]!r} overflows"
-            f" {dict(batch)[bad[0]].dtype} or its base is not finite. Nothing was changed; use a"
+            f" {new[bad[0]].dtype} or its base is not finite. Nothing was changed; use a"
             " smaller strength or a wider dtype."
         )
 
 
-def batches(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """As many tensors at a time as have `_TOGETHER` numbers, one at least."""
-    batch, numbers = [], 0
-    for item in named:
-        if item[1].numel() >= _TOGETHER:  # joined to others it would be copied
-            yield [item]
-            continue
-        batch.append(item)
-        numbers += item[1].numel()
-        if numbers >= _TOGETHER:
-            yield batch
-            batch, numbers = [], 0
-    yield batch
-
-
-def _non_finite(batch: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those that hold NaN or infinity; few operations where none does."""
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
-    for name, t in batch:
-        groups.setdefault((t.device, t.dtype), []).append((name, t.detach()))
-    bad = []
+def read(scalars: Sequence[Tensor]) -> list[float]:
+    """Their values; those of one device and dtype are read at once."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, scalar in enumerate(scalars):
+        groups.setdefault((scalar.device, scalar.dtype), []).append(i)
+    values = [0.0] * len(scalars)
     for group in groups.values():
-        one = len(group) == 1
-        whole = group[0][1] if one else torch.cat([t.reshape(-1) for _, t in group])
-        if not _is_finite(whole):
-            bad += [name for name, t in group if one or not _is_finite(t)]
-    return bad
+        found = torch.stack([scalars[i] for i in group]).tolist()
+        for i, value in zip(group, found, strict=True):
+            values[i] = value
+    return values
+
+
+def _non_finite(
+    values: Mapping[_Key, Tensor], sums: Mapping[_Key, Tensor] | None = None
+) -> list[_Key]:
+    """Those that hold NaN or infinity."""
+    if sums is None:
+        sums = {key: t.sum() for key, t in values.items()}
+    # a sum with such a number in it is never finite; one without may overflow
+    totals = zip(sums, read(list(sums.values())), strict=True)
+    return [key for key, total in totals if not (math.isfinite(total) or _is_finite(values[key]))]
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Whether all are finite, in one pass and without a mask of their size."""
+    """Whether all are finite, without a mask of their size."""
     return not values.numel() or all(bool(v.isfinite()) for v in values.aminmax())

@@ -1,17 +1,16 @@
-"""What rounding lost of an update, told by some rows of each layer."""
+"""What rounding lost of an update, told by samples of many layers at once."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _ROWS = 16
-_TOGETHER = 2**17  # numbers that are looked at together
+_COLUMNS = 256
 
 
 class Sample(NamedTuple):
-    """Some rows of a layer, to tell by them what rounding lost.
+    """Some numbers of a layer, to tell by them what rounding lost.
 
     Attributes:
         old: The weight before.
@@ -24,26 +23,67 @@ class Sample(NamedTuple):
     update: tuple[Tensor, ...]
 
 
-def sampled(values: Tensor) -> Tensor:
+def some_rows(values: Tensor) -> Tensor:
     """Evenly spaced rows, a view."""
     step = -(-values.shape[0] // _ROWS)
     return values[::step] if step > 1 else values
 
 
-def lost(samples: Mapping[str, Sample]) -> dict[str, float]:
-    """The share of each update that rounding lost; those of one shape are worked out together."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, (old, new, update) in samples.items():
-        shape = tuple((f.shape, f.dtype, f.device) for f in (old, new, *update))
-        groups.setdefault(shape, []).append(name)
-    shares: dict[str, float] = {}
-    for group in groups.values():
-        step = _TOGETHER // (samples[group[0]].new.numel() or 1) or 1
-        for some in (group[i : i + step] for i in range(0, len(group), step)):
-            rows = [(s.old, s.new, *s.update) for s in map(samples.__getitem__, some)]
-            old, new, *factors = (torch.stack(c).double() for c in zip(*rows, strict=True))
-            asked = factors[0] @ factors[1] if len(factors) > 1 else factors[0]
-            off, norm = ((v.flatten(1).norm(dim=1)) for v in (asked - (new - old), asked))
-            found = torch.where(norm > 0, off / norm, 0.0).tolist()
-            shares.update(zip(some, found, strict=True))
-    return {name: shares[name] for name in samples}
+def some_columns(values: Tensor) -> Tensor:
+    """Evenly spaced columns of a matrix; of a larger tensor, each row is flattened first."""
+    matrix = values if values.ndim == 2 else values.flatten(1)
+    step = -(-matrix.shape[1] // _COLUMNS)
+    return matrix[:, ::step] if step > 1 else matrix
+
+
+def sampled(values: Tensor) -> Tensor:
+    """Evenly spaced numbers of a weight."""
+    return some_columns(some_rows(values))
+
+
+class Losses:
+    """The share of each update that rounding lost: samples go in, and shares come out.
+
+    Args:
+        together: How many numbers may wait to be worked out together.
+    """
+
+    def __init__(self, together: int) -> None:
+        self.together = together
+        self.waiting: dict[str, Sample] = {}
+        self.numbers = 0
+        self.shares: dict[str, float] = {}
+
+    def add(self, name: str, sample: Sample) -> None:
+        """Takes one layer's sample in."""
+        if self.waiting and self.numbers + sample.new.numel() > self.together:
+            self.finish()
+        self.waiting[name] = sample
+        self.numbers += sample.new.numel()
+
+    def finish(self) -> dict[str, float]:
+        """The shares of all that came in, by layer."""
+        groups: dict[tuple[object, ...], list[str]] = {}
+        for name, (old, new, update) in self.waiting.items():
+            shape = tuple((f.shape, f.dtype, f.device) for f in (old, new, *update))
+            groups.setdefault(shape, []).append(name)
+        found: dict[str, float] = {}
+        for group in groups.values():
+            shares = _shares([self.waiting[name] for name in group]).tolist()
+            found.update(zip(group, shares, strict=True))
+        self.shares.update((name, found[name]) for name in self.waiting)
+        self.waiting, self.numbers = {}, 0
+        return self.shares
+
+
+def _shares(samples: list[Sample]) -> Tensor:
+    """The norm of what did not arrive over that of what was asked, for samples of one shape."""
+    first, *second = (
+        torch.stack(c).double() for c in zip(*(s.update for s in samples), strict=True)
+    )
+    asked = first @ second[0] if second else first
+    missing = torch.stack([s.new for s in samples]).double()
+    missing -= torch.stack([s.old for s in samples])
+    missing -= asked
+    off, norm = (torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (missing, asked))
+    return torch.where(norm > 0, off / norm, 0.0)
