@@ -79,10 +79,15 @@ def test_a_users_error_is_one_sentence_and_exit_code_1(
     assert capsys.readouterr().err == f"lora-core: error: {said}\n"
 
 
-def test_a_fault_of_the_library_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_program_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(lora_core.demo, "tell", raising(ZeroDivisionError("a bug")))
+    assert _cli.main(["demo"]) == 70
+    said = "a fault of lora_core, ZeroDivisionError: a bug. Please report what --debug shows."
+    assert capsys.readouterr().err == f"lora-core: error: {said}\n"
     with pytest.raises(ZeroDivisionError, match=r"^a bug$"):
-        _cli.main(["demo"])
+        _cli.main(["demo", "--debug"])
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,110 @@
+"""The command line: `lora-core`, or `python -m lora_core`.
+
+One module per command, whose top is light: PyTorch is loaded when a command runs, so that
+``--help``, ``--version`` and completion cost next to nothing.
+"""
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from lora_core._cli.answers import show, visible
+from lora_core._cli.exits import BROKEN_PIPE, ERROR, FAULT, INTERRUPTED
+from lora_core._cli.parsing import parser
+from lora_core._errors import LoRAError
+
+# what a message calls a parameter of the library, where the option has another name
+_OPTIONS = {"format": "to"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The words after the program's name; None means those of this process.
+
+    Returns:
+        The exit code, as in `exits`.
+
+    Raises:
+        SystemExit: With code 2 if the words make no command, 0 after ``--help`` or ``--version``.
+        BaseException: Whatever a command raises, if ``--debug`` is among the words.
+    """
+    args = parser().parse_args(argv)
+    try:
+        with _warnings_told():
+            answer = args.run(args)
+            show(answer, args.command, as_json=args.json)
+    except BrokenPipeError:
+        # whoever read the output has closed it; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        _say("interrupted")
+        return INTERRUPTED
+    except (LoRAError, OSError) as error:
+        if args.debug:
+            raise
+        _say(f"error: {_with_options(_sentence(error), args)}")
+        return ERROR
+    except Exception as error:  # a traceback is for those who ask for it
+        if args.debug:
+            raise
+        what = f"{type(error).__name__}: {_sentence(error).rstrip('.')}"
+        _say(f"error: a fault of lora_core, {what}. Please report what --debug shows.")
+        return FAULT
+    return int(answer.code)
+
+
+def _say(words: str) -> None:
+    print(visible(f"lora-core: {words}", sys.stderr), file=sys.stderr)
+
+
+def _sentence(error: BaseException) -> str:
+    """The message of an error, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f" {error.filename!r}" if error.filename is not None else ""
+        return f"the system says {error.strerror!r}{where and ' about'}{where}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _with_options(sentence: str, args: argparse.Namespace) -> str:
+    """A message of the library, whose advice names parameters, in the words of this command.
+
+    Example:
+        >>> args = argparse.Namespace(force=False, alpha=None)
+        >>> _with_options("Pass force=True, or other=True.", args)
+        'Pass --force, or other=True.'
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name = _OPTIONS.get(found["name"], found["name"])
+        if not hasattr(args, name):
+            return found[0]
+        word = f"--{name.replace('_', '-')}"
+        if found["value"] == "None":
+            return f"no {word}"
+        plain = found["value"] in (None, "True") or found["value"].startswith("{")
+        return word if plain else f"{word} {found['value']}"
+
+    value = r"(?P<value>[A-Za-z0-9_.]+|'[^']*'|\{[^}]*\})?"
+    return re.sub(rf"(?<![\w'.\[])(?P<name>[a-z_]+)=(?!=){value}", option, sentence)
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """The library's warnings as sentences of the program."""
+
+    def tell(message: Warning | str, category: type[Warning], *rest: object) -> None:  # noqa: ARG001
+        _say(f"warning: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = tell  # type: ignore[assignment]
+        yield

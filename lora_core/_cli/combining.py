@@ -1,0 +1,97 @@
+"""`lora-core combine`: several adapters as one."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from lora_core._cli.answers import Answer
+from lora_core._cli.arguments import (
+    METHODS,
+    casting,
+    command,
+    naming,
+    place,
+    reading,
+    within,
+    writing,
+)
+from lora_core._cli.progress import Results, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_core._cli.arguments import Commands
+    from lora_core._formats import Adapter
+
+
+def add(commands: "Commands") -> None:
+    """Adds the command."""
+    parser = command(
+        commands,
+        "combine",
+        _run,
+        "make one adapter of several",
+        "Writes the weighted sum of adapters of one model. Without --rank it is exact, and its"
+        " rank the sum of theirs; with --rank each layer is the best approximation of that rank."
+        " The other methods need --rank and --density. Prints the error of each layer.",
+    )
+    place(parser, "adapters", "two adapters or more", many=True)
+    place(parser, "out", "where to write")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="a number for each adapter; 1 each"
+    )
+    parser.add_argument("--rank", type=int, help="the highest rank of a layer")
+    parser.add_argument(
+        "--method", choices=METHODS, default="sum", help="how to combine; sum where left out"
+    )
+    parser.add_argument(
+        "--density", type=float, help="share of entries that other methods keep, in (0, 1]"
+    )
+    parser.add_argument(
+        "--seed", type=within(0, 2**32 - 1), default=0, help="decides what dare drops; 0"
+    )
+    casting(parser, "the widest of a layer's")
+    naming(parser)
+    reading(parser)
+    writing(parser)
+
+
+def _run(args: argparse.Namespace) -> Answer:
+    from lora_core._algebra import combine
+    from lora_core._cli.adapters import check_free, read_several
+    from lora_core._cli.changes import dtype_of, finished
+
+    check_free(args.out, force=args.force)
+    adapters = read_several(args.adapters, args)
+    _check_alike(adapters)
+    weights = [1.0] * len(adapters) if args.weights is None else args.weights
+    with progress("combining") as step:
+        results = Results(step)
+        made = combine(
+            adapters,
+            weights,
+            args.rank,
+            method=args.method,
+            density=args.density,
+            seed=args.seed,
+            dtype=dtype_of(args),
+            told=results,
+        )
+    return finished(made, results, args)
+
+
+def _check_alike(adapters: "Sequence[Adapter]") -> None:
+    """Refuses adapters that call one module by two names, of which a sum would have both."""
+    from lora_core._cli.comparing import names_of
+    from lora_core._errors import MismatchError
+
+    first = adapters[0]
+    for other in adapters[1:]:
+        mine, theirs = names_of(first, other)
+        both = [(mine[key], theirs[key]) for key in mine if key in theirs]
+        apart = [pair for pair in both if pair[0] != pair[1]]
+        if apart:
+            raise MismatchError(
+                f"Adapters must call a module by one name to be combined, but {apart[0][0]!a} and"
+                f" {apart[0][1]!a} are one, and so are {len(apart) - 1} more pairs. Give the base"
+                " models, --base PART=CHECKPOINT."
+            )
