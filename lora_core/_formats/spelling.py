@@ -58,15 +58,21 @@ class Place(NamedTuple):
 
 def places(layers: Mapping[str, AdapterLayer]) -> dict[str, Place]:
     """Where each layer belongs, as far as the adapter says."""
-    found = {n: Place(x.component, x.path or n, x.spelling) for n, x in layers.items()}
+    return {n: Place(x.component, x.path or n, x.spelling) for n, x in layers.items()}
+
+
+def parted(found: Mapping[str, Place]) -> dict[str, Place]:
+    """The places with the components that all names of an adapter begin with, if all do.
+
+    So are those of a file of several models, which says no more of them.
+    """
     if any(place.component or place.spelling != "dotted" for place in found.values()):
-        return found
-    # a file without components has them in its names, if in all of them
-    split = {name: _PREFIXED.fullmatch(name) for name in found}
+        return dict(found)
+    split = {name: _PREFIXED.fullmatch(place.path) for name, place in found.items()}
     keys = {name: dotted("", "", m.groupdict()) for name, m in split.items() if m is not None}
-    if len(keys) == len(found) and all(key.component for key in keys.values()):
-        return {name: Place(key.component, key.path, "dotted") for name, key in keys.items()}
-    return found
+    if len(keys) < len(found) or not all(key.component for key in keys.values()):
+        return dict(found)
+    return {name: Place(key.component, key.path, "dotted") for name, key in keys.items()}
 
 
 def recognised(found: Mapping[str, Place], format: str) -> dict[str, Place]:  # noqa: A002

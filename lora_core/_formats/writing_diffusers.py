@@ -16,6 +16,7 @@ from lora_core._formats.spelling import (
     Place,
     check_dotted,
     check_names,
+    parted,
     places,
     recognised,
     respelled,
@@ -32,7 +33,7 @@ def file(adapter: Adapter) -> Encoded:
         ConfigError: If a module can't be named, or PEFT has one setting for what differs.
     """
     layers = {name: scaled(name, layer) for name, layer in adapter.layers.items()}
-    found = places(layers)
+    found = parted(places(layers))
     check_dotted(found, "diffusers")
     found = respelled(recognised(found, "diffusers"), "diffusers")
     names = {name: f"{place.component}.{place.path}" for name, place in found.items()}

@@ -150,7 +150,14 @@ def file(adapter: Adapter) -> Encoded:
             else leaves(layer, biased=config["lora_bias"])
         )
         tensors |= {f"{_ROOT}{path}.{leaf}": t for leaf, t in found_leaves.items()}
-    about = {"base_model_name_or_path": None, "task_type": None, "inference_mode": True}
+    matrices = [x for x in layers.values() if x.config is not None and x.kind != "conv"]
+    about = {
+        # a setting of all; where it is of some, PEFT tells them by their classes
+        "fan_in_fan_out": bool(matrices) and all(x.transposed for x in matrices),
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+    }
     config |= about | _values(layers, paths, targets)
     return Encoded(tensors, {**adapter.metadata, "format": "pt"}, layers, config)
 
