@@ -11,7 +11,7 @@ from lora_core._cli.arguments import FORMATS, by_module
 from lora_core._cli.bases import named, open_bases
 from lora_core._config import check_name
 from lora_core._errors import ConfigError
-from lora_core._formats import Adapter, read
+from lora_core._formats import Adapter, peft, read
 from lora_core._formats.writing import write as write_file
 
 
@@ -95,7 +95,8 @@ def write(adapter: Adapter, out: Path, args: argparse.Namespace) -> tuple[dict[s
         spelling=args.spelling,
         base=getattr(args, "family", None),
     )
-    nbytes = sum(p.stat().st_size for p in (out.iterdir() if out.is_dir() else [out]))
+    files = [out] if found.config is None else [out / peft.CONFIG, out / peft.WEIGHTS[0]]
+    nbytes = sum(file.stat().st_size for file in files)
     notes = list(dict.fromkeys((*adapter.notes, *found.notes)))
     about: dict[str, Any] = {
         "out": str(out),

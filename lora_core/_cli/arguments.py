@@ -100,15 +100,21 @@ def naming(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def writing(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """The options of a command that writes an adapter."""
+def writing(parser: argparse.ArgumentParser, *, made: bool = False, must: bool = False) -> None:
+    """The options of a command that writes an adapter.
+
+    Args:
+        parser: The command's.
+        made: Whether the adapter is a new one, and not read from a file.
+        must: Whether the format must be said.
+    """
+    usual = "lora_core" if made else "that of the input where that can be written, else lora_core"
     group = parser.add_argument_group("writing an adapter")
     group.add_argument(
         "--to",
         choices=FORMATS,
-        required=required,
-        help="the format to write"
-        + ("" if required else "; that of the input where this library writes it, else lora_core"),
+        required=must,
+        help="the format to write" + ("" if must else f" ({usual})"),
     )
     group.add_argument(
         "--fold",
@@ -118,9 +124,10 @@ def writing(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     group.add_argument(
         "--spelling",
         choices=SPELLINGS,
-        help="how kohya and lycoris files spell a UNet's modules; ldm for SDXL, else diffusers",
+        help="how kohya and lycoris files spell a UNet's modules (ldm for SDXL, else diffusers)",
     )
-    group.add_argument("--name", help="the adapter's name; that of the input")
+    own = "default" if made else "that of the input"
+    group.add_argument("--name", help=f"the adapter's name ({own})")
     overwriting(parser)
 
 
@@ -143,9 +150,7 @@ def cutting(parser: argparse.ArgumentParser) -> None:
 
 def casting(parser: argparse.ArgumentParser, otherwise: str) -> None:
     """The option of a command that makes new factors."""
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help=f"type of the factors; {otherwise} where left out"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help=f"type of the factors ({otherwise})")
 
 
 def place(parser: argparse.ArgumentParser, name: str, text: str, *, many: bool = False) -> None:

@@ -37,17 +37,17 @@ def add(commands: "Commands") -> None:
     place(parser, "adapters", "two adapters or more", many=True)
     place(parser, "out", "where to write")
     parser.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="a number for each adapter; 1 each"
+        "--weights", type=float, nargs="+", metavar="W", help="a number for each adapter (1)"
     )
     parser.add_argument("--rank", type=int, help="the highest rank of a layer")
     parser.add_argument(
-        "--method", choices=METHODS, default="sum", help="how to combine; sum where left out"
+        "--method", choices=METHODS, default="sum", help="how to combine them (sum)"
     )
     parser.add_argument(
         "--density", type=float, help="share of entries that other methods keep, in (0, 1]"
     )
     parser.add_argument(
-        "--seed", type=within(0, 2**32 - 1), default=0, help="decides what dare drops; 0"
+        "--seed", type=within(0, 2**32 - 1), default=0, help="decides what dare drops (0)"
     )
     casting(parser, "the widest of a layer's")
     naming(parser)

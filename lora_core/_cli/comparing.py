@@ -54,9 +54,13 @@ class Comparison:
 
     @property
     def largest(self) -> float:
-        """The largest difference; infinite if one alone adds something somewhere."""
+        """The largest difference of a layer that both have, 0 if there is none."""
+        return max((layer.difference for layer in self.layers), default=0.0)
+
+    def is_same(self, tolerance: float) -> bool:
+        """Whether both are one function: what one alone has must add nothing."""
         lonely = any(norm for side in self.alone for norm in side.values())
-        return math.inf if lonely else max((x.difference for x in self.layers), default=0.0)
+        return not lonely and self.largest <= tolerance
 
 
 def compare(one: Adapter, other: Adapter, step: Step) -> Comparison:

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 _BASH = """\
 # load with: source <(lora-core completion bash)
 _lora_core() {{
-    local word=${{COMP_WORDS[COMP_CWORD]}} words=""
+    local word=${{COMP_WORDS[COMP_CWORD]}} option=${{COMP_WORDS[COMP_CWORD-1]}} words=""
+    # bash takes an equals sign for a word of its own
+    if [[ $option == "=" ]]; then option=${{COMP_WORDS[COMP_CWORD-2]}}; fi
+    if [[ $word == "=" ]]; then word=""; fi
     if (( COMP_CWORD == 1 )); then
         words="{words}"
     else
-        case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+        case "${{COMP_WORDS[1]}} $option" in
 {choices}
         esac
         if [[ -z $words && $word == -* ]]; then

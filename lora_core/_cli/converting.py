@@ -27,10 +27,10 @@ def add(commands: "Commands") -> None:
     parser.add_argument(
         "--family",
         choices=FAMILIES,
-        help="what kohya's metadata are to say of the base; told by the modules where left out",
+        help="what kohya's metadata are to say of the base (told by the modules)",
     )
     reading(parser)
-    writing(parser, required=True)
+    writing(parser, must=True)
 
 
 def _run(args: argparse.Namespace) -> Answer:

@@ -23,10 +23,10 @@ def add(commands: "Commands") -> None:
         "Trains an adapter on 64 bold digits, on top of the shipped digit model, and shows what it"
         " changed. Takes under two minutes on two CPU cores.",
     )
-    parser.add_argument("--rank", type=int, help="rank of the adapter; 4")
-    parser.add_argument("--steps", type=within(1, 1_000_000), help="training steps; 300")
-    parser.add_argument("--seed", type=within(0, 2**32 - 1), help="decides every draw; 0")
-    parser.add_argument("--out", type=Path, help="folder to write to; lora-core-demo")
+    parser.add_argument("--rank", type=int, help="rank of the adapter (4)")
+    parser.add_argument("--steps", type=within(1, 1_000_000), help="training steps (300)")
+    parser.add_argument("--seed", type=within(0, 2**32 - 1), help="decides every draw (0)")
+    parser.add_argument("--out", type=Path, help="folder to write to (lora-core-demo)")
     parser.add_argument("--quick", action="store_true", help="seconds; not meant to convince")
 
 

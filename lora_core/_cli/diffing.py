@@ -34,7 +34,7 @@ def add(commands: "Commands") -> None:
         "--tolerance",
         type=float,
         default=_TOLERANCE,
-        help=f"largest relative difference of a layer; {_TOLERANCE:g}",
+        help=f"largest relative difference of a layer ({_TOLERANCE:g})",
     )
     naming(parser)
     reading(parser)
@@ -44,12 +44,15 @@ def _run(args: argparse.Namespace) -> Answer:
     from lora_core._cli.adapters import read_several
     from lora_core._cli.comparing import compare
     from lora_core._config import check_finite
+    from lora_core._errors import ConfigError
 
     tolerance = check_finite("tolerance", args.tolerance)
+    if tolerance < 0:
+        raise ConfigError(f"`tolerance` must be at least 0, but is {tolerance:g}.")
     one, other = read_several([args.a, args.b], args)
     with progress("comparing") as step:
         found = compare(one, other, step)
-    same = found.largest <= tolerance
+    same = found.is_same(tolerance)
     document = {
         "same": same,
         "tolerance": tolerance,

@@ -31,16 +31,18 @@ def add(commands: "Commands") -> None:
         "--svd",
         choices=SVDS,
         default="auto",
-        help="how to find singular values; auto, where left out, is exact for small matrices",
+        help="how to find singular values (auto: exactly in small matrices, or for a share)",
     )
     parser.add_argument(
-        "--seed", type=within(0, 2**32 - 1), default=0, help="decides the random subspace; 0"
+        "--seed", type=within(0, 2**32 - 1), default=0, help="decides the random subspace (0)"
     )
     casting(parser, "float32")
-    writing(parser)
+    writing(parser, made=True)
 
 
 def _run(args: argparse.Namespace) -> Answer:
+    import warnings
+
     import torch
 
     from lora_core._algebra import extract
@@ -48,7 +50,8 @@ def _run(args: argparse.Namespace) -> Answer:
     from lora_core._cli.changes import dtype_of, finished
 
     check_free(args.out, force=args.force)
-    with progress("extracting") as step:
+    with progress("extracting") as step, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # its note says the same
         results = Results(step)
         made = extract(
             args.base,

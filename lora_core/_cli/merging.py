@@ -27,13 +27,13 @@ def add(commands: "Commands") -> None:
     place(parser, "adapter", "the adapter")
     place(parser, "out", "where to write")
     parser.add_argument(
-        "--strength", type=float, default=1.0, help="what the update is multiplied by; 1"
+        "--strength", type=float, default=1.0, help="what the update is multiplied by (1)"
     )
     parser.add_argument("--only", metavar="PART", help="the layers for one part alone, as unet")
     parser.add_argument(
         "--transposed",
         action=argparse.BooleanOptionalAction,
-        help="whether square matrices are stored (in, out), as GPT-2's are; told by the others",
+        help="whether square matrices are stored (in, out), as GPT-2's are (told by the others)",
     )
     reading(parser)
     overwriting(parser)

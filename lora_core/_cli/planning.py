@@ -37,14 +37,14 @@ def add(commands: "Commands") -> None:
         metavar="[PART=]CHECKPOINT",
         help="a file, an index of shards, a folder with either, or a pipeline's folder",
     )
-    parser.add_argument("--rank", type=int, default=4, help="rank of the updates; 4")
-    parser.add_argument("--alpha", type=float, help="numerator of the scale; the rank")
+    parser.add_argument("--rank", type=int, default=4, help="rank of the updates (4)")
+    parser.add_argument("--alpha", type=float, help="numerator of the scale (the rank)")
     parser.add_argument(
         "--targets",
         action="append",
         metavar="GLOB",
-        help="layers to adapt, by name or a tail of it; may be repeated; the attention projections"
-        " where left out",
+        help="layers to adapt, by name or a tail of it; may be repeated (the attention"
+        " projections)",
     )
     parser.add_argument(
         "--exclude", action="append", metavar="GLOB", help="layers to leave out; may be repeated"
