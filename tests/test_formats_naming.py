@@ -230,6 +230,15 @@ def test_a_module_called_like_a_component_is_found_by_its_whole_name() -> None:
     assert resolve(layers, {"": plain("unet.fc")}).found == {"unet.fc": ("", "unet.fc")}
 
 
+def test_a_name_without_a_component_that_two_models_have_is_refused() -> None:
+    live = {"unet": plain("fc"), "text_encoder": plain("fc", "head")}
+    said = r"must mean one module, but 'lycoris_fc' of 'x' is in 'unet', 'text_encoder'\. Load it"
+    with pytest.raises(MismatchError, match=said):
+        resolve({"lycoris_fc": layer("fc", "", "stem")}, live, "x")
+    there = resolve({"lycoris_head": layer("head", "", "stem")}, live, "x")
+    assert there.found == {"lycoris_head": ("text_encoder", "head")}
+
+
 def test_an_attention_means_the_matrix_of_its_three_projections() -> None:
     live = plain("block.attn.in_proj_weight", "block.attn.out_proj")
     there = resolve({"block.attn": layer(), "block.attn.out_proj": layer()}, {"": live})

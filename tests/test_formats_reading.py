@@ -355,6 +355,8 @@ def test_differences_are_added_and_stand_beside_factors(path: Path) -> None:
         "diffusion_model.out": ("difference", "out"),
         f"{KOHYA}.bias": ("difference", "mid_to_q"),
     }
+    store(path, tensors | {"lora_unet_norm.alpha": torch.tensor(1.0)})  # which no difference has
+    assert set(read(path).layers) == set(adapter.layers)
     norm = adapter.layers["lora_unet_norm"]
     assert_close(dense_delta("norm", norm, torch.ones(3)), rand(3))
     assert_close(bias_delta(norm, torch.ones(3), strength=2.0), 2 * rand(3))
@@ -526,6 +528,11 @@ def test_pefts_pickles_are_read_on_request(tmp_path: Path) -> None:
     assert only(read(folder, allow_pickle=True)).settings.scale == 2
 
 
+def test_pefts_prefix_makes_no_values_of_another_formats_factors(path: Path) -> None:
+    tensors = {f"base_model.model.{key}": t for key, t in kohya("fc").items()}
+    assert only(read(store(path, tensors))).settings.scale == 0.5
+
+
 def test_two_adapters_in_one_file_are_refused(path: Path) -> None:
     tensors = {f"base_model.model.fc.lora_A.{name}.weight": rand(2, 5) for name in "ab"}
     with pytest.raises(CorruptFileError, match=r"must hold one adapter, but has two keys for the"):
@@ -595,6 +602,17 @@ def test_a_stored_alpha_is_not_that_of_the_metadata(path: Path) -> None:
 def test_an_alpha_of_rslora_stored_in_the_file_is_not_divided_again(path: Path) -> None:
     about = json.dumps({"ss_network_args": '{"rs_lora": "True"}'})
     assert only(read(store(path, kohya(), {"x": about}))).settings.scale == 0.5
+
+
+def test_comfyuis_text_encoders_are_components(path: Path) -> None:
+    tensors = pair("text_encoders.clip_l.transformer.a") | pair(
+        "text_encoders.clip_g.transformer.a"
+    )
+    adapter = read(store(path, tensors))
+    assert {(x.component, x.path, x.alpha_from) for x in adapter.layers.values()} == {
+        ("text_encoder", "a", "the format, whose scale is 1"),
+        ("text_encoder_2", "a", "the format, whose scale is 1"),
+    }
 
 
 def test_a_scale_overrides_an_alpha(path: Path) -> None:
@@ -720,15 +738,24 @@ def test_formats_that_no_program_mixes_are_refused(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("down", "up"),
-    [((2, 5), (4, 3)), ((5,), (4, 2)), ((2, 5), (4, 2, 3, 3)), ((2, 0), (4, 2)), ((0, 5), (4, 2))],
+    [
+        ((2, 5), (4, 3)),
+        ((5,), (4, 2)),
+        ((2, 5), (4, 2, 3, 3)),
+        ((2, 0), (4, 2)),
+        ((0, 5), (4, 2)),
+        ((5, 2), (2, 4)),
+        ((2, 4), (4, 3)),
+    ],
 )
 def test_halves_that_are_no_pair_are_refused(
     path: Path, down: tuple[int, ...], up: tuple[int, ...]
 ) -> None:
     tensors = {f"{KOHYA}.lora_down.weight": rand(*down), f"{KOHYA}.lora_up.weight": rand(*up)}
     said = rf"'{KOHYA}'.* (are|has) {re.escape(f'down {down} and up {up}')}"
-    with pytest.raises(CorruptFileError, match=said):
+    with pytest.raises(CorruptFileError, match=said) as caught:
         read(store(path, tensors))
+    assert ("transposed" in str(caught.value)) is (down == (5, 2))
 
 
 def test_factors_that_are_no_floats_are_refused(path: Path) -> None:
@@ -757,6 +784,20 @@ def test_the_same_file_is_a_native_one_too(path: Path) -> None:
     assert_close(delta, torch.zeros(3, 3))
     with pytest.raises(ConfigError, match=r"^`alpha` must be left out .* that of '0' in the file"):
         read(path, alpha=4)
+
+
+def test_what_an_adapter_began_with_is_subtracted(path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4)).requires_grad_(requires_grad=False)
+    lora_core.inject(model, rank=2, targets="0", init="pissa")
+    with torch.no_grad():
+        for factor in lora_core.parameters(model):
+            factor.mul_(1.5)
+    lora_core.save(model, path)
+    base = model[0].weight.detach().clone()
+    lora_core.merge(model)
+    delta = dense_delta("0", only(read(path)), base)
+    assert delta.abs().max() > 0.01
+    assert_close(base + delta, model[0].weight.detach())
 
 
 @pytest.mark.parametrize(
