@@ -407,7 +407,9 @@ def test_a_plain_matrix_is_whatever_the_other_adapter_says() -> None:
 
 
 def test_what_is_no_adapter_or_not_finite_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^`adapters` must be an Adapter, .* but is str\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^`adapters` must be an Adapter, but is str\. Read the file first\.$"
+    ):
         combine(["a.safetensors"], [1])  # type: ignore[list-item]
     bad = adapter("bad", x=make_layer())
     bad.layers["x"].parts["lora_A"][0, 0] = math.inf
@@ -887,7 +889,14 @@ def test_a_merged_file_is_the_merged_model_bit_for_bit(
         shards(before, tmp_path / "base") if sharded else saved(model, tmp_path / "b.safetensors")
     )
     told: list[LayerResult] = []
-    report = merge_file(base, a, out, strength=strength, told=told.append)
+    there: list[bool] = []
+
+    def note(result: LayerResult) -> None:
+        told.append(result)
+        there.append(out.exists())
+
+    report = merge_file(base, a, out, strength=strength, told=note)
+    assert not any(there)  # nothing is seen before all is done
     lora_core.scales(model, style=strength)
     merged = lora_core.merge(model, reversible=reversible)
     after = file_state(out)

@@ -24,7 +24,7 @@ def check_adapter(what: str, adapter: object) -> Adapter:
     """Returns `adapter` if it is one outside any model, of finite numbers."""
     if not isinstance(adapter, Adapter):
         raise ConfigError(
-            f"`{what}` must be an Adapter, read from a file, but is {type(adapter).__name__}."
+            f"`{what}` must be an Adapter, but is {type(adapter).__name__}. Read the file first."
         )
     held = {name: list(layer.parts.values()) for name, layer in adapter.layers.items()}
     with torch.no_grad():
