@@ -1,5 +1,6 @@
 """One module's tensors, whatever the format, into an `AdapterLayer`: halves, ranks, axes."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -157,6 +158,9 @@ def whole(module: Module, kind: str, name: str, where: str) -> AdapterLayer:
     """A difference, or values, of a module's parameters."""
     key = module.key
     parts = {leaf: wide(key.module, t, where) for leaf, t in module.parts.items()}
+    # of one dtype, as factors are: what is beyond the narrower one must not become infinite
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in parts.values()))
+    parts = {leaf: t.to(dtype) for leaf, t in parts.items()}
     path = key.path or ("" if name == key.module else key.module)
     return AdapterLayer(
         kind, None, parts, component=key.component, path=path, spelling=key.spelling, alpha_from=""

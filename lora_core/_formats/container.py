@@ -23,10 +23,14 @@ import torch
 from torch import Tensor
 
 from lora_core._errors import ConfigError, CorruptFileError, UnsupportedFileError, listed
-from lora_core._formats.sniffing import content, looks_like
+from lora_core._formats.showing import shown
+from lora_core._formats.sniffing import MAX_NAME, content, looks_like
 
 _MAX_HEADER = 8 * 2**20  # bytes
 _MAX_TENSORS = 65_536
+_MAX_NESTED = 5 * _MAX_TENSORS  # lists and objects in JSON: each costs more than its text
+# what torch says to a dtype that it lacks, or to an empty tensor of sizes beyond all memory
+_UNBUILDABLE = (ValueError, KeyError, OverflowError, TypeError, RuntimeError)
 _PADDING = 64  # bytes of spaces before a header's brace that are passed over
 # in the order in which safetensors lays them out: the widest first, so that all are aligned
 _KINDS = {
@@ -50,8 +54,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     header = _header(data, path)
     try:
         tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError) as error:
-        _refuse(path, str(error).rstrip("."))
+    except (safetensors.SafetensorError, *_UNBUILDABLE) as error:
+        _refuse(path, shown(str(error).partition("\n")[0]).rstrip("."))
     return tensors, header.get("__metadata__") or {}
 
 
@@ -188,6 +192,9 @@ def strict_json(text: str | bytes) -> Any:
     def constant(value: str) -> NoReturn:
         raise ValueError(f"{value} is no JSON number")
 
+    raw = text.encode(errors="replace") if isinstance(text, str) else text
+    if raw.count(b"[") + raw.count(b"{") > _MAX_NESTED:
+        raise ValueError(f"it has more than {_MAX_NESTED:,} lists and objects")
     try:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
@@ -207,6 +214,9 @@ def _header(data: bytes, path: Path) -> dict[str, Any]:
         _refuse(path, f"its header is not valid: {error}")
     if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
         _refuse(path, f"its header lists more than {_MAX_TENSORS:,} tensors")
+    longest = max(map(len, header), default=0)
+    if longest > MAX_NAME:
+        _refuse(path, f"it has a name of {longest:,} characters, over the limit of {MAX_NAME:,}")
     return header
 
 

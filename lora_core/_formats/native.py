@@ -35,6 +35,7 @@ from lora_core._config import (
 )
 from lora_core._errors import ConfigError, CorruptFileError, listed
 from lora_core._formats.neutral import Adapter, AdapterLayer
+from lora_core._formats.showing import shown
 from lora_core._layers import non_finite
 
 _VERSION = 1
@@ -104,12 +105,17 @@ def decode(
         if bad:
             raise ValueError(f"a factor of {listed(bad)} holds NaN or infinity")
         base = dict(about["base"])
+        # it is looked up in torch, where some names import a package
+        if "dtype" in base and not str(base["dtype"]).startswith(("float", "bfloat")):
+            raise ValueError(f"its base is of {base['dtype']!a}, which is no floating dtype")
     except (ConfigError, ValueError) as error:
-        raise CorruptFileError(f"{where!r} must describe its tensors, but {error}") from error
+        raise CorruptFileError(
+            f"{where!r} must describe its tensors, but {shown(error)}"
+        ) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(
             f"{where!r} must describe its tensors, but its 'lora_core' entry is malformed"
-            f" ({type(error).__name__}: {error}). Save it again."
+            f" ({type(error).__name__}: {shown(error)}). Save it again."
         ) from error
     expected = {_key(n, part) for n, layer in layers.items() for part in layer.parts}
     surplus = sorted(set(tensors) - expected)
@@ -155,7 +161,7 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     down, up = (-2, -1) if kind == "weight" else (0, 1)
     dtypes = {factor.dtype for part, factor in parts.items() if not part.endswith("magnitude")}
     ranks = {lora_A.shape[down], lora_B.shape[up]}
-    if ranks != {rank} or rank is True or len(dtypes) > 1:
+    if ranks != {rank} or type(rank) is not int or len(dtypes) > 1:
         raise ValueError(
             f"the factors of {listed([name])} disagree: lora_A {tuple(lora_A.shape)} {lora_A.dtype}"
             f", lora_B {tuple(lora_B.shape)} {lora_B.dtype}, described rank {rank!r}"

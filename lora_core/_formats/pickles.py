@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_core._errors import CorruptFileError, UnsupportedFileError, listed
-from lora_core._formats.sniffing import content
+from lora_core._formats.sniffing import MAX_NAME, content
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _MAX_DEPTH = 16
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in what torch.load says of a function it won't call
 _MAX_TENSORS = 65_536
+_MAX_NAMES = 8 * 2**20  # characters of all keys together, as a header has
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -50,27 +51,43 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{str(path)!r} must hold a dict or a list of tensors, but holds a"
             f" {type(value).__name__}. Give the file of an adapter."
         )
-    return {str(key): _own(path, str(key), held) for key, held in _flat(value, path)}
+    flat = _flat(value, path)
+    found = {key: _own(path, key, held) for key, held in flat}
+    if len(found) < len(flat):
+        _refuse(path, "two of its keys are spelled alike")
+    return found
 
 
-def _flat(value: Mapping[Any, Any], path: Path) -> list[tuple[Any, Any]]:
+def _flat(value: Mapping[Any, Any], path: Path) -> list[tuple[str, Any]]:
     """The entries, those of a nested dict under "outer.inner"."""
-    found: list[tuple[Any, Any]] = []
-    waiting: list[tuple[str, Any, int]] = [(str(k), held, 1) for k, held in value.items()]
-    for key, held, depth in waiting:
-        if isinstance(held, Mapping) and depth < _MAX_DEPTH:
-            waiting += [(f"{key}.{k}", inner, depth + 1) for k, inner in held.items()]
-        else:
-            found.append((key, held))
-        if len(waiting) > _MAX_TENSORS:
+    found: list[tuple[str, Any]] = []
+    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    long = 0
+    for prefix, held, depth in waiting:
+        if not isinstance(held, Mapping) or depth > _MAX_DEPTH:
+            found.append((prefix.removeprefix("."), held))
+            continue
+        if len(waiting) + len(held) > _MAX_TENSORS:
             _refuse(path, f"it lists more than {_MAX_TENSORS:,} tensors")
+        for key, inner in held.items():
+            # of any other kind, one may be far larger than its bytes
+            plain = isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**63)
+            if not plain or len(prefix) + len(str(key)) > MAX_NAME:
+                _refuse(path, f"a key is no text of up to {MAX_NAME:,} characters")
+            waiting.append((f"{prefix}.{key}", inner, depth + 1))
+            long += len(prefix) + len(str(key))
+        if long > _MAX_NAMES:
+            _refuse(path, f"its keys have more than {_MAX_NAMES:,} characters")
     return found
 
 
 def _own(path: Path, key: str, value: object) -> Tensor:
     """A plain copy of a tensor, refused where it is larger than what the file holds of it."""
     if isinstance(value, int | float):  # some writers keep alpha as a plain number
-        return torch.tensor(float(value), dtype=torch.float64)
+        try:
+            return torch.tensor(float(value), dtype=torch.float64)
+        except OverflowError:
+            _refuse(path, f"{listed([key])} is a number beyond every float")
     if not isinstance(value, Tensor):
         raise UnsupportedFileError(
             f"{str(path)!r} must hold tensors alone, but {listed([key])} is a"

@@ -137,11 +137,15 @@ def _layers(
 
 def _described(opened: Opened, modules: Mapping[str, Module]) -> dict[str, PeftSettings]:
     """The settings by component: metadata decides only where the keys are those it is of."""
+    where, found = str(opened.path), {}
     if opened.settings is not None:
-        return {"": opened.settings}
-    if any(m.families & {"A/B"} and "alpha" not in m.parts for m in modules.values()):
-        return diffusers.settings(opened.metadata, str(opened.path))
-    return {}
+        found = {"": opened.settings}
+    elif any(m.families & {"A/B"} and "alpha" not in m.parts for m in modules.values()):
+        found = diffusers.settings(opened.metadata, where)
+    paths = [module.key.path or name for name, module in modules.items()]
+    for settings in found.values():
+        settings.check_work(paths, where)
+    return found
 
 
 def _stored(module: Module, rank: int, settings: PeftSettings | None, where: str) -> Source | None:

@@ -5,6 +5,7 @@ import os
 import stat
 from pathlib import Path
 
+MAX_NAME = 1024  # characters of a tensor's name
 _LOOKS = (
     (b"version https://git-lfs", "a git-lfs pointer: the file itself was never fetched"),
     (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle, which may hold code"),
