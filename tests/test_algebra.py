@@ -1271,7 +1271,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(lin: tuple[Path, Adapter], tmp_
 # --- merge_file: memory and kills -------------------------------------------------------------
 
 _SCRIPT = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch, safetensors.torch
 from lora_core import Adapter, merge_file
@@ -1290,6 +1290,7 @@ def adapter(layers, width):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account")
 def test_the_peak_of_memory_is_a_few_tensors(tmp_path: Path) -> None:
     layers, width = 24, 1024  # of 4 MiB each
     weights = {f"l{i}.weight": torch.zeros(width, width) for i in range(layers)}
@@ -1297,7 +1298,10 @@ def test_the_peak_of_memory_is_a_few_tensors(tmp_path: Path) -> None:
     small = {"l0.weight": torch.zeros(8, 8)}
     safetensors.torch.save_file(small, tmp_path / "small.safetensors")
     script = _SCRIPT + textwrap.dedent("""
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        def peak():  # of this process alone: getrusage counts what the parent had before it
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
+
         merge_file(folder / "small.safetensors", adapter(1, 8), folder / "warm")
         before = peak()
         merge_file(folder / "base.safetensors", adapter(layers, width), folder / "out")
@@ -1307,7 +1311,8 @@ def test_the_peak_of_memory_is_a_few_tensors(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path), str(layers), str(width)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(ran.stdout) < 6 * 4 * width**2  # the file has 24
+    tensor = 4 * width**2
+    assert tensor <= int(ran.stdout) < 6 * tensor  # the file has 24
     assert torch.equal(file_state(tmp_path / "out")["l23.weight"], torch.full((width, width), 2.0))
 
 
