@@ -1,7 +1,6 @@
 """`lora-core merge`: an adapter merged into a checkpoint."""
 
 import argparse
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lora_core._cli.answers import Answer
@@ -58,6 +57,13 @@ def _run(args: argparse.Namespace) -> Answer:
             force=args.force,
             told=results,
         )
-    about = {key: value for key, value in asdict(report).items() if key not in ("path", "layers")}
+    about = {
+        "out": report.path,
+        "adapter": report.adapter,
+        "strength": report.strength,
+        "changed": report.changed,
+        "untouched": report.untouched,
+        "bytes": report.nbytes,
+    }
     told = AlgebraReport(results)
-    return Answer({"out": report.path, **about, **errors(told)}, f"{told}\n{report}")
+    return Answer({**about, **errors(told)}, f"{told}\n{report}")
