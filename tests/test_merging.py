@@ -668,7 +668,7 @@ def test_a_host_whose_forward_takes_more_than_its_input_is_not_merged(
     before = weights(model)
     said = (
         f"A host's forward must take its input alone to be merged, but that of {host.__name__} at"
-        f" '1' also takes '{option}', with which the update might not follow. Nothing was changed;"
+        f" '1' takes '{option}', with which the update might not follow. Nothing was changed;"
         " keep this layer unmerged."
     )
     with pytest.raises(MergeError, match=f"^{re.escape(said)}$"):

@@ -1195,3 +1195,27 @@ def test_drawing_from_samples_needs_no_values_of_a_packed_weight():
     assert torch.equal(model(x), y)
     with pytest.raises(ConfigError, match=r"not a Parameter of torch\.uint8"):
         inject(model, rank=2, targets="0", dora=True, name="other")
+
+
+def test_a_merged_weight_that_is_computed_since_is_not_unmerged():
+    model = nn.Sequential(nn.Linear(6, 6)).eval()
+    inject(model, rank=2, targets="0")
+    lora_core.merge(model)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    with pytest.raises(MergeError, match="^A merged weight must be where it was to be unmerged"):
+        lora_core.unmerge(model)
+    prune.remove(model[0], "weight")
+    lora_core.unmerge(model)
+
+
+def test_a_host_that_takes_its_input_by_name_alone_is_not_merged():
+    class Named(nn.Linear):
+        def forward(self, *, input):  # noqa: A002
+            return super().forward(input)
+
+    model = nn.Sequential(Named(6, 6)).eval()
+    inject(model, rank=2, targets="0")
+    with pytest.raises(
+        MergeError, match="must take its input alone to be merged, but that of Named"
+    ):
+        lora_core.merge(model)

@@ -17,7 +17,7 @@ from lora_core._layers.attaching import (
     sizes,
     why_not,
 )
-from lora_core._layers.calling import BARE, PINS, Pin, pin_of, refuse_choice
+from lora_core._layers.calling import BARE, PINS, Pin, at_rest, changing, pin_of, refuse_choice
 from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explaining import explain
@@ -56,8 +56,10 @@ __all__ = [
     "Strength",
     "WeightReader",
     "adapted_class",
+    "at_rest",
     "attach",
     "call_me",
+    "changing",
     "detach",
     "exchange",
     "explain",

@@ -26,10 +26,15 @@ from lora_core._layers.mixin import (
     adapted_class,
 )
 from lora_core._layers.norms import length_of
-from lora_core._layers.state import NOTHING, Strength
+from lora_core._layers.state import NOTHING, Change, Strength
 from lora_core._layers.weights import LoRAWeight, Slot
 
-OWN = ("lora_configs", "lora_selection", "lora_merged")  # what every adapted layer has
+OWN = (
+    "lora_configs",
+    "lora_selection",
+    "lora_merged",
+    "lora_changes",
+)  # what every adapted layer has
 PARTS = (
     *("lora_A", "lora_B", "lora_mid", "lora_magnitude", "lora_in_magnitude", "lora_bias"),
     *("lora_A0", "lora_B0"),
@@ -292,7 +297,8 @@ def attach(
         layer = module
     own = vars(layer)  # torch's own way to set an attribute looks for parameters first
     if "lora_configs" not in own:
-        own |= {"lora_configs": {}, "lora_selection": NOTHING, "lora_merged": None}
+        own |= {"lora_configs": {}, "lora_selection": NOTHING}
+        own |= {"lora_merged": None, "lora_changes": Change(None)}
     for part in config.parts:
         layer.register_parameter(f"{part}_{name}", parts[part])
     configs = {**layer.lora_configs, name: config}
@@ -350,5 +356,6 @@ def detach(module: LoRAMixin, name: str) -> None:
         if isinstance(module, LoRAWeight):
             module.leave()
             return
-        del own["lora_configs"], own["lora_selection"], own["lora_merged"]
+        for attribute in OWN:
+            del own[attribute]
         module.__class__ = module.host_class  # type: ignore[assignment]

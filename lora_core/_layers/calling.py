@@ -1,7 +1,9 @@
 """What a call of an adapted layer is beside its arithmetic: traced, checkpointed, or pinned."""
 
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +12,9 @@ from torch.fx import Proxy
 
 from lora_core._config import AdapterConfig
 from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
-from lora_core._layers.state import NOTHING, Selection
+from lora_core._layers.state import NOTHING, Change, Selection
 
+_MOMENT = 1e-4  # seconds between two looks at a change that another thread makes
 _LARGEST = 2**31  # a size of a dimension stays below
 
 
@@ -75,6 +78,46 @@ def refuse_pins() -> None:
             "A compiled model must run outside `with pinned(model)`, but runs in one. Choose with"
             " `scales` alone, which compiled models follow; checkpoints inside one need no pin."
         )
+
+
+@contextmanager
+def changing(*layers: nn.Module) -> Iterator[None]:
+    """While the values of layers change together with what they know of them.
+
+    Calls in other threads that begin meanwhile wait, and those under way run again: see `settled`.
+    """
+    try:
+        for layer in layers:
+            vars(layer)["lora_changes"] = Change(threading.get_ident())
+        yield
+    finally:
+        for layer in layers:
+            vars(layer)["lora_changes"] = Change(None)
+
+
+@contextmanager
+def at_rest(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Ends what an interrupt left of changes, so that no other thread waits for ever."""
+    try:
+        yield
+    finally:
+        for layer in layers:
+            if vars(layer)["lora_changes"].thread == threading.get_ident():
+                vars(layer)["lora_changes"] = Change(None)
+
+
+def settled(layers: Sequence[nn.Module], compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` gives for these layers, all of it before a change or after it."""
+    if torch.compiler.is_compiling():  # where a graph would take each change for another model
+        return compute()
+    while True:
+        before: list[Any] = [layer.lora_changes for layer in layers]
+        if any(change.thread not in (None, threading.get_ident()) for change in before):
+            time.sleep(_MOMENT)
+            continue
+        out = compute()
+        if all(layer.lora_changes is b for layer, b in zip(layers, before, strict=True)):
+            return out
 
 
 def recorded(layer: nn.Module, x: Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:

@@ -12,13 +12,14 @@ from lora_core._errors import ConfigError, MergeError, listed
 from lora_core._layers.calling import refuse_pins, selection_of
 from lora_core._layers.norms import column_norm_of, length_of, norm_of
 from lora_core._layers.selecting import Selecting
-from lora_core._layers.state import Active, Gain, Selection, Update
+from lora_core._layers.state import Active, Change, Gain, Selection, Update
 
 
 class Collecting(Selecting):
     """Collects what is active on a layer into products, and refuses what could not be right."""
 
     lora_merged: Any
+    lora_changes: Change
 
     def lora_active(self, x: Tensor | None = None) -> Active:
         """What a forward of `x` adds: stacked where dropout allows, so one pair of products.

@@ -7,7 +7,7 @@ from torch.fx import Proxy
 
 from lora_core import functional
 from lora_core._layers.adopting import Adopting, plain_attributes
-from lora_core._layers.calling import checked
+from lora_core._layers.calling import checked, settled
 from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin
 from lora_core._layers.state import Active
 
@@ -52,14 +52,18 @@ class LoRALinear(Adopting, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
         if isinstance(input, Proxy):  # type: ignore[unreachable]
             return super().forward(input)  # type: ignore[unreachable]
-        active = self.lora_active(input)
-        if not is_fused(active):
-            return self.lora_added(input, nn.Linear.forward(self, input), active)
-        lora_A, lora_B, gain, dropout = active.updates[0]
-        out = functional.fused_lora_linear(
-            input, self.weight, self.bias, lora_A, lora_B, gain, dropout=dropout
-        )
-        return checked(self, out)
+
+        def compute() -> Tensor:
+            active = self.lora_active(input)
+            if not is_fused(active):
+                return self.lora_added(input, nn.Linear.forward(self, input), active)
+            lora_A, lora_B, gain, dropout = active.updates[0]
+            out = functional.fused_lora_linear(
+                input, self.weight, self.bias, lora_A, lora_B, gain, dropout=dropout
+            )
+            return checked(self, out)
+
+        return settled([self], compute)
 
 
 def is_fused(active: Active) -> bool:

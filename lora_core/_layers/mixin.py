@@ -18,7 +18,7 @@ from lora_core._errors import (
     UnsupportedLayerError,
 )
 from lora_core._layers.anatomy import peek
-from lora_core._layers.calling import checked, recorded
+from lora_core._layers.calling import checked, recorded, settled
 from lora_core._layers.collecting import Collecting
 from lora_core._layers.state import Active, Update
 
@@ -58,13 +58,18 @@ class LoRAMixin(Collecting):
                 f" {self.host_class.__name__} is called with a {type(x).__name__}. Eject the"
                 " adapter from this layer."
             )
-        base: Tensor = super().forward(*args, **kwargs)  # the host's
-        if not isinstance(base, Tensor):
-            raise UnsupportedLayerError(
-                f"An adapted layer's host must return a tensor, but {self.host_class.__name__}"
-                f" returns {type(base).__name__}. Eject the adapter from this layer."
-            )
-        return self.lora_added(x, base, self.lora_active(x))
+        host = super().forward
+
+        def compute() -> Tensor:
+            active, base = self.lora_active(x), host(*args, **kwargs)
+            if not isinstance(base, Tensor):
+                raise UnsupportedLayerError(
+                    f"An adapted layer's host must return a tensor, but {self.host_class.__name__}"
+                    f" returns {type(base).__name__}. Eject the adapter from this layer."
+                )
+            return self.lora_added(x, base, active)
+
+        return settled([self], compute)
 
     def lora_added(self, x: Tensor, base: Tensor, active: Active) -> Tensor:
         """The host's output for `x` plus what is active."""

@@ -62,6 +62,16 @@ class Merged(NamedTuple):
     merged_bias: Tensor | None = None
 
 
+class Change(NamedTuple):
+    """A change of a layer's values, or the end of one; each is an object of its own.
+
+    Attributes:
+        thread: Who is at it; None where it is over.
+    """
+
+    thread: int | None
+
+
 class Update(NamedTuple):
     """A low-rank update as one pair of products.
 

@@ -16,7 +16,7 @@ from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.anatomy import Shape
-from lora_core._layers.calling import checked, node_of
+from lora_core._layers.calling import checked, node_of, settled
 from lora_core._layers.mixin import KINDS, LoRAMixin, swap
 from lora_core.kernels.norms import without_autocast
 
@@ -172,11 +172,11 @@ class LoRAWeight(LoRAMixin):
         """Gives the rows other values, in place."""
         whole = self.owner._parameters[self.lora_parameter]
         assert whole is not None
-        if self.lora_rows is None:
-            swap(whole, weight)
-        else:
-            with torch.no_grad():
-                whole[self.lora_rows[0] : self.lora_rows[1]].copy_(weight)
+        values = weight
+        if self.lora_rows is not None:  # who has read the whole keeps what it was
+            values = whole.data.clone()
+            values[self.lora_rows[0] : self.lora_rows[1]].copy_(weight)
+        swap(whole, values)
 
     def leave(self) -> None:
         """Takes the child off its owner, in place; with the last one the owner's class goes."""
@@ -276,9 +276,17 @@ def _reading(parameter: str, children: list[str]) -> property:
         value: Any = nn.Module.__getattr__(self, parameter)
         if isinstance(value, Proxy):
             return _recorded_read(self, parameter, value)  # type: ignore[return-value]
-        for child in children:
-            value = self._modules[child](value)  # type: ignore[misc]
-        return cast(Tensor, value)
+        layers = [cast(LoRAWeight, self._modules[child]) for child in children]
+
+        def compute() -> Tensor:
+            read: Tensor = value
+            for layer in layers:
+                read = layer(read)
+            merged = any(layer.lora_merged is not None for layer in layers)
+            # what an unmerge gives the Parameter must not reach who reads it now
+            return read.view_as(read) if merged else read
+
+        return settled(layers, compute)
 
     return property(read)
 

@@ -9,12 +9,19 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._adapters import layers_with
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Merged
+from lora_core._layers import LoRAMixin, Merged, at_rest, changing, refuse_choice
 from lora_core._merging.checking import check_factors, check_merged, read
 from lora_core._merging.probing import is_linear_in_weight, probe
 from lora_core._merging.refusing import refuse_hollow, tied_to_merge, to_merge
 from lora_core._merging.rounding import Losses, Sample, sampled, some_columns, some_rows
-from lora_core._merging.swapping import adds_to_bias, own_weight, put, restore, strengths_of
+from lora_core._merging.swapping import (
+    adds_to_bias,
+    is_moved,
+    own_weight,
+    put,
+    restore,
+    strengths_of,
+)
 from lora_core._merging.writing import added
 from lora_core._reports import MergeReport
 
@@ -59,12 +66,17 @@ def merge(
         unmerged default x 1 from 1 layers
     """
     layers = to_merge(model)
+    refuse_choice("merge", layers.values())
     tied = tied_to_merge(model, layers, untie=untie, reversible=reversible)
     refuse_hollow(layers)
     check_factors(layers)
     strengths = {name: s for layer in layers.values() for name, s in strengths_of(layer).items()}
     # weights made in inference mode could not be trained on after an unmerge
-    with torch.inference_mode(mode=False), torch.no_grad():  # in this order: leaving turns it on
+    with (  # in this order: leaving the first turns on what the second turns off
+        torch.inference_mode(mode=False),
+        torch.no_grad(),
+        at_rest(layers.values()),
+    ):
         if reversible:
             loss = _merge_reversibly(layers, tied, None if keep is None else torch.device(keep))
         else:
@@ -90,13 +102,19 @@ def unmerge(model: nn.Module) -> MergeReport:
             f"`unmerge` must have the original weights, but {listed(gone)} was merged with"
             " reversible=False. Load the base model again."
         )
+    moved = [n for n, m in layers.items() if is_moved(m)]
+    if moved:
+        raise MergeError(
+            f"A merged weight must be where it was to be unmerged, but that of {listed(moved)} is"
+            " computed now or gone. Take the parametrization or pruning off, then unmerge."
+        )
     hidden = [n for n, state in states.items() if state.merged is not None]
     if hidden:
         raise MergeError(
             f"`unmerge` must stand outside `with disabled(model)`, but {listed(hidden)} is hidden"
             " by one. Leave it first."
         )
-    with ExitStack() as undo:
+    with at_rest(layers.values()), ExitStack() as undo:
         for name, layer in layers.items():
             bias = None if states[name].bias is None else layer.lora_held_bias()
             undo.callback(put, layer, own_weight(layer), layer.lora_held(), bias, states[name])
@@ -122,11 +140,13 @@ def _merge_reversibly(
             own, bias = own_weight(layer), biases[name]
             old_bias = None if bias is None else layer.lora_held_bias()
             undo.callback(put, layer, own, layer.lora_held(), old_bias, None)
-            if name in tied:
-                layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
-            layer.lora_put(new[name], bias)
             untied = own if name in tied else None
-            layer.lora_merged = Merged(strengths_of(layer), kept[name], None, untied, old_bias)
+            state = Merged(strengths_of(layer), kept[name], None, untied, old_bias)
+            with changing(layer):
+                if name in tied:
+                    layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
+                layer.lora_put(new[name], bias)
+                layer.lora_merged = state
         undo.pop_all()
     return loss
 
@@ -222,13 +242,14 @@ def _add_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:  # noqa
     lora_A, lora_B, rows = _scaled(layer)
     weight = layer.weight
     old, version = sampled(weight).clone(), weight._version
-    try:
-        weight.addmm_(lora_B, lora_A)
-        layer.lora_merged = state
-    except BaseException:  # an interrupt may come before the note, but not amid the product
-        if weight._version != version:
+    with changing(layer):
+        try:
+            weight.addmm_(lora_B, lora_A)
             layer.lora_merged = state
-        raise
+        except BaseException:  # an interrupt may come before the note, but not amid the product
+            if weight._version != version:
+                layer.lora_merged = state
+            raise
     return Sample(old, sampled(weight).clone(), (rows.clone(), some_columns(lora_A)))
 
 
@@ -237,11 +258,12 @@ def _copy_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:
     check_merged({name: new}, {name: total})
     sample = Sample(old.clone(), arrived.clone(), update)
     bias = _new_bias(name, layer)
-    try:
-        _overwrite(layer, new, bias, state)
-    except BaseException:  # finish this layer: copying is idempotent, adding would not be
-        _overwrite(layer, new, bias, state)
-        raise
+    with changing(layer):
+        try:
+            _overwrite(layer, new, bias, state)
+        except BaseException:  # finish this layer: copying is idempotent, adding would not be
+            _overwrite(layer, new, bias, state)
+            raise
     return sample
 
 

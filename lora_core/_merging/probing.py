@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core._errors import MergeError, listed
-from lora_core._layers import KINDS, LoRAMixin
+from lora_core._layers import KINDS, LoRAMixin, changing
 from lora_core._merging.swapping import own_weight
 
 
@@ -21,22 +21,23 @@ def is_linear_in_weight(layer: LoRAMixin) -> bool:
 def probe(name: str, layer: LoRAMixin, new: Tensor) -> None:
     """Raises unless the host's own forward makes of a new weight what the update adds."""
     taken = list(inspect.signature(layer.host_class.forward).parameters.values())
-    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    options = [str(p) for i, p in enumerate(taken) if i > 1 or p.kind in many]
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    options = [str(p) for i, p in enumerate(taken) if i > 1 or p.kind not in plain]
     if options:
         raise MergeError(
             f"A host's forward must take its input alone to be merged, but that of"
-            f" {layer.host_class.__name__} at {name!r} also takes {listed(options)}, with which the"
+            f" {layer.host_class.__name__} at {name!r} takes {listed(options)}, with which the"
             " update might not follow. Nothing was changed; keep this layer unmerged."
         )
     weight = own_weight(layer)
     x = layer.lora_probe(torch.Generator("cpu").manual_seed(0))
-    try:
-        before = layer.host_class.forward(layer, x)
-        layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
-        after = layer.host_class.forward(layer, x)
-    finally:
-        layer._parameters["weight"] = weight
+    with changing(layer):
+        try:
+            before = layer.host_class.forward(layer, x)
+            layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+            after = layer.host_class.forward(layer, x)
+        finally:
+            layer._parameters["weight"] = weight
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         raise MergeError(
             f"A host must return a tensor to be merged, but {layer.host_class.__name__} at {name!r}"

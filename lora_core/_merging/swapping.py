@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lora_core._layers import LoRAMixin, Merged
+from lora_core._layers import LoRAMixin, Merged, changing
 
 
 def strengths_of(layer: LoRAMixin) -> dict[str, float]:
@@ -23,6 +23,12 @@ def own_weight(layer: LoRAMixin) -> nn.Parameter:
     return weight
 
 
+def is_moved(layer: LoRAMixin) -> bool:
+    """Whether the Parameter that was merged is no longer its owner's."""
+    home, key = layer.lora_home()
+    return home._parameters.get(key) is None
+
+
 def put(
     layer: LoRAMixin,
     own: nn.Parameter,
@@ -32,18 +38,20 @@ def put(
 ) -> None:
     """Gives a layer this Parameter, with these values, and this state, in place."""
     home, key = layer.lora_home()
-    home._parameters[key] = own
-    layer.lora_put(values, bias)
-    layer.lora_merged = state
+    with changing(layer):
+        home._parameters[key] = own
+        layer.lora_put(values, bias)
+        layer.lora_merged = state
 
 
 def restore(layer: LoRAMixin, state: Merged) -> None:
     """Gives a layer its own values back, in place."""
     assert state.kept is not None
-    if state.parameter is not None:  # the shared Parameter was never written
-        layer._parameters["weight"] = state.parameter
-        if state.bias is not None:
-            layer.lora_put(state.parameter.data, state.bias)
-    else:
-        layer.lora_put(state.kept, state.bias)
-    layer.lora_merged = None
+    with changing(layer):
+        if state.parameter is not None:  # the shared Parameter was never written
+            layer._parameters["weight"] = state.parameter
+            if state.bias is not None:
+                layer.lora_put(state.parameter.data, state.bias)
+        else:
+            layer.lora_put(state.kept, state.bias)
+        layer.lora_merged = None

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lora_core import disabled, pinned, scales
+from lora_core import disabled, merge, pinned, scales, unmerge
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +148,24 @@ def test_a_switch_between_forward_and_backward_changes_no_gradient(kind):
     for mine, theirs in zip(torch.autograd.grad(loss, factors), expected, strict=True):
         assert theirs.abs().max() > 0
         assert torch.equal(mine, theirs)
+
+
+def test_while_a_thread_merges_and_unmerges_every_output_is_the_adapted_ones(kind):
+    kind.excuse("merge")
+    model, x, outputs = two_styles(kind)
+    scales(model, a=1.0)
+    seen = set()
+
+    def turn():
+        merge(model)
+        unmerge(model)
+
+    @torch.no_grad()
+    def call():
+        for _ in range(60):
+            y = model(x)
+            close = torch.allclose(y, outputs["a"], atol=1e-3, rtol=1e-3)
+            seen.add("a" if close else which(y, outputs))
+
+    while_another_thread(turn, call)
+    assert seen == {"a"}
