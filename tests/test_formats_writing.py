@@ -959,6 +959,42 @@ def test_peft_names_paths_that_match_alone() -> None:
     }
     config = encode(adapter(layers), "peft").config
     assert config is not None
-    assert config["target_modules"] == sorted(layers)
+    # a single name may be the end of another module's, which a list would mean too
+    pattern = config["target_modules"]
+    assert all(re.fullmatch(pattern, name) for name in layers)
+    assert not any(re.fullmatch(pattern, name) for name in ("x.aXb", "aab", "layers.10"))
     assert (config["r"], config["rank_pattern"]) == (2, {r"^a\.b": 1})
     assert (config["lora_alpha"], config["alpha_pattern"]) == (3, {"^aXb": 5})
+    del layers["aXb"]
+    config = encode(adapter(layers), "peft").config
+    assert config is not None
+    assert config["target_modules"] == sorted(layers)
+
+
+def test_settings_of_a_text_encoder_mean_it_with_its_wrapper_and_without() -> None:
+    path = "encoder.layers.{}.mlp.fc1"
+    for wrapper in ("", "text_model."):
+        layers = {
+            f"te{n}": layer(
+                (6, 5), 2, n + 1.0, component="text_encoder", path=wrapper + path.format(n)
+            )
+            for n in range(3)
+        }
+        found = encode(adapter(layers), "diffusers")
+        about = json.loads(found.metadata["lora_adapter_metadata"])
+        assert about["text_encoder.target_modules"] == [path.format(n) for n in range(3)]
+        alphas = about["text_encoder.alpha_pattern"]
+        assert alphas == {re.escape(path.format(0)): 1, re.escape(path.format(1)): 2}
+        assert all(key.startswith("text_encoder.text_model.encoder") for key in found.tensors)
+
+
+def test_transposed_weights_are_said_to_be_so_where_all_are() -> None:
+    turned, plain = replace(layer(), transposed=True), layer()
+    for layers, said in (
+        ({"a": turned, "b": turned}, True),
+        ({"a": turned, "b": plain}, False),
+        ({"a": layer((6, 5, 1, 1))}, False),
+    ):
+        config = encode(adapter(layers), "peft").config
+        assert config is not None
+        assert config["fan_in_fan_out"] is said

@@ -24,6 +24,7 @@ from lora_core._formats.spelling import (
 from lora_core._formats.writing_peft import check_alike, leaves, scaled, settings
 
 _TEXT_MODEL = "text_model."
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 def file(adapter: Adapter) -> Encoded:
@@ -45,12 +46,15 @@ def file(adapter: Adapter) -> Encoded:
     about: dict[str, object] = {}
     for component, own in components.items():
         check_alike(own, "diffusers")
+        of_text = component.startswith("text_encoder")
         paths = {name: found[name].path.removeprefix(_TEXT_MODEL) for name in own}
-        config = settings(own, paths, "" if component.startswith("text_encoder") else "^")
+        config = settings(own, paths, "" if of_text else "^")
         about |= {f"{component}.{key}": value for key, value in config.items()}
         for name, layer in own.items():
-            leaf_tensors = leaves(layer, biased=config["lora_bias"])
-            tensors |= {f"{names[name]}.{leaf}": t for leaf, t in leaf_tensors.items()}
+            for leaf, tensor in leaves(layer, biased=config["lora_bias"]).items():
+                # transformers looks for magnitudes as they are called in memory
+                whole = f"{leaf}.weight" if of_text and leaf == _MAGNITUDE else leaf
+                tensors[f"{names[name]}.{whole}"] = tensor
     text = json.dumps(about, separators=(",", ":"), sort_keys=True)
     return Encoded(tensors, {**adapter.metadata, "format": "pt", ENTRY: text}, layers)
 

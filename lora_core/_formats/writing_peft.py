@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -111,7 +111,7 @@ def settings(
         "alpha_pattern": {
             anchor + re.escape(p): _number(a) for p, a in alphas.items() if a != alpha
         },
-        "target_modules": sorted(factors),
+        "target_modules": _targets(list(factors), anchor),
         "use_rslora": rslora,
         "use_dora": "lora_magnitude" in parts,
         "lora_bias": "lora_bias" in parts,
@@ -139,7 +139,7 @@ def file(adapter: Adapter) -> Encoded:
     check_names(paths, layers, "peft", lambda name: _means(paths[name]))
     check_alike(layers, "peft")
     config = settings(layers, paths)
-    targets = set(config["target_modules"])
+    targets = {paths[name] for name, layer in layers.items() if layer.config is not None}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         path = paths[name]
@@ -179,6 +179,16 @@ def _means(path: str) -> bool:
     """Whether a reader takes a path for itself."""
     key = parse(f"{_ROOT}{path}.lora_A.weight")
     return key is not None and key.module == path
+
+
+def _targets(paths: Sequence[str], anchor: str) -> list[str] | str:
+    """What PEFT adapts: paths, in a list each of which also means longer ones that end with it.
+
+    Where a path is a single name, which may well be the end of others, an expression for them all.
+    """
+    if anchor and any("." not in path for path in paths):
+        return "|".join(map(re.escape, sorted(paths)))
+    return sorted(paths)
 
 
 def _commonest(values: Mapping[str, Any], default: Any) -> Any:
