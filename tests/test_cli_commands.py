@@ -39,6 +39,8 @@ LORALIB = GOLDEN / "loralib" / "bias_none" / "lora.pt"
 BASES = ("--base", f"unet={UNET}", "--base", f"text_encoder={TEXT}")
 PICKLE = ("--allow-pickle", "--alpha", "8", "--enable-lora", "101")
 
+TRAPS = sorted(p for p in (GOLDEN / "traps").iterdir() if p.suffix != ".json")
+
 Run = Callable[..., tuple[int, str, str]]
 Json = Callable[..., dict[str, Any]]
 
@@ -334,6 +336,15 @@ def test_odd_values_of_options_are_shown(
         _cli.main(["inspect", "a", *words])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith(f"argument {words[0]}: {said}\n")
+
+
+@pytest.mark.parametrize("path", TRAPS, ids=lambda path: path.name)
+def test_no_file_brings_the_program_down(path: Path, run: Run, tmp_path: Path) -> None:
+    for words in (("inspect", path), ("diff", path, path), ("plan", path, "--targets", "*")):
+        code, out, err = run(*words, *(("--allow-pickle",) * (words[0] != "plan")))
+        assert code in (0, 1), err
+        assert bool(out) == (code == 0)
+        assert err.count("\n") == code
 
 
 # convert
@@ -969,7 +980,7 @@ def test_choices_are_the_librarys(ours: tuple[str, ...], theirs: tuple[str, ...]
         ("Pass alpha=, a number.", "Pass --alpha, a number."),
         ("Use format='peft'.", "Use --to 'peft'."),
         ("given are rank=4, other=3.", "given are --rank 4, other=3."),
-        ("A 'force=x' of a file's.", "A 'force=x' of a file's."),
+        ("A file's '/a force=x/b' has rank=4.", "A file's '/a force=x/b' has --rank 4."),
     ],
 )
 def test_advice_is_in_the_words_of_the_command(message: str, said: str) -> None:

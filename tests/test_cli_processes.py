@@ -56,7 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("diff", "lora", str(PEFT)), 3),
         (("diff", "lora", "base"), 1),
         (("completion", "fish"), 0),
-        (("demo", "--quick", "--steps", "1", "--out", "demo"), 0),
     ],
 )
 def test_every_command_runs_and_prints_one_document(
@@ -70,7 +69,7 @@ def test_every_command_runs_and_prints_one_document(
         assert done.stderr.count("\n") == 1
         return
     assert json.loads(done.stdout)["command"] == words[0]
-    assert words[0] == "demo" or done.stderr == ""
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ def test_debug_shows_the_traceback_of_an_error() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_stops_it_with_130(tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_demo_with_130(tmp_path: Path) -> None:
     words = [*PROGRAM, "demo", "--out", str(tmp_path)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -84,6 +84,8 @@ def _with_options(sentence: str, args: argparse.Namespace) -> str:
     """
 
     def option(found: re.Match[str]) -> str:
+        if found["quoted"]:
+            return found[0]
         name = _OPTIONS.get(found["name"], found["name"])
         if not hasattr(args, name):
             return found[0]
@@ -94,7 +96,8 @@ def _with_options(sentence: str, args: argparse.Namespace) -> str:
         return word if plain else f"{word} {found['value']}"
 
     value = r"(?P<value>[A-Za-z0-9_.]+|'[^']*'|\{[^}]*\})?"
-    return re.sub(rf"(?<![\w'.\[])(?P<name>[a-z_]+)=(?!=){value}", option, sentence)
+    quoted = r"(?<!\w)(?P<quoted>'[^']*')"  # a path may look like anything
+    return re.sub(rf"{quoted}|(?<![\w.\[])(?P<name>[a-z_]+)=(?!=){value}", option, sentence)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Whether two adapters are the same function, layer by layer and without dense matrices."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from lora_core._algebra.layers import scaled, widened
 from lora_core._algebra.products import product_norm
 from lora_core._cli.bases import places_of
-from lora_core._cli.measures import form_of, norm_of, parts_of
+from lora_core._cli.measures import form_of, norm_of, one_thread, parts_of
 from lora_core._cli.progress import Step
 from lora_core._errors import MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
@@ -72,7 +71,7 @@ def compare(one: Adapter, other: Adapter, step: Step) -> Comparison:
     mine, theirs = names_of(one, other)
     pairs = [(mine[key], theirs[key]) for key in mine if key in theirs]
     layers = []
-    with _one_thread():
+    with one_thread():
         for done, (name, there) in enumerate(pairs, 1):
             difference, why = difference_of(one.layers[name], other.layers[there])
             layers.append(Compared(name, there, difference, why))
@@ -127,17 +126,6 @@ def difference_of(one: AdapterLayer, other: AdapterLayer) -> tuple[float, str]:
             return math.inf, f"{part} {shapes[0]} in one, {shapes[1]} in the other"
         gaps.append(_relative(*(widened(t).double().flatten() for t in (mine_, theirs_))))
     return max(gaps, default=0.0), ""
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small matrices take longer to share among threads than to decompose."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _product_gap(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:

@@ -2,9 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lora_core._algebra.layers import scaled, widened
@@ -58,27 +60,41 @@ class Measured:
 def measured(adapter: Adapter, step: Step) -> list[Measured]:
     """The layers of an adapter in figures, in the order of the file."""
     found = []
-    for done, (name, layer) in enumerate(adapter.layers.items(), 1):
-        config = layer.config
-        dtypes = dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in layer.parts.values())
-        found.append(
-            Measured(
-                name,
-                layer.component,
-                block_of(name, layer),
-                layer.kind,
-                form_of(layer),
-                None if config is None else config.rank,
-                None if config is None else config.alpha,
-                "" if config is None else layer.alpha_from,
-                None if config is None else config.scale,
-                ", ".join(dtypes),
-                sum(tensor.numel() for tensor in layer.parts.values()),
-                norm_of(layer),
-            )
-        )
-        step(done, len(adapter.layers))
+    with one_thread():
+        for done, (name, layer) in enumerate(adapter.layers.items(), 1):
+            found.append(_measured(name, layer))
+            step(done, len(adapter.layers))
     return found
+
+
+def _measured(name: str, layer: AdapterLayer) -> Measured:
+    config = layer.config
+    dtypes = dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in layer.parts.values())
+    return Measured(
+        name,
+        layer.component,
+        block_of(name, layer),
+        layer.kind,
+        form_of(layer),
+        None if config is None else config.rank,
+        None if config is None else config.alpha,
+        "" if config is None else layer.alpha_from,
+        None if config is None else config.scale,
+        ", ".join(dtypes),
+        sum(tensor.numel() for tensor in layer.parts.values()),
+        norm_of(layer),
+    )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For matrices so small that sharing them among threads takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def form_of(layer: AdapterLayer) -> str:
