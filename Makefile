@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test interop kernels check check-rest format lint types contracts coverage bench bench-smoke clean
+.PHONY: help demo test fuzz interop kernels check check-rest format lint types contracts coverage bench bench-smoke clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ demo: $(VENV)/.demo  ## teach the shipped digit model a style and draw it, in lo
 
 test: $(VENV)/.test  ## the tests, doctests of docstrings and Markdown included
 	$(BIN)/python -m coverage run -m pytest
+
+fuzz: $(VENV)/.test  ## 20,000 damaged files, each loaded whole or refused whole; takes minutes
+	$(BIN)/python -m tests.fuzz --files 20000 --minutes 10
 
 interop: $(VENV)/.test $(VENV)/.interop  ## the tests against real models of other libraries
 	$(BIN)/python -m pytest tests/interop

@@ -149,6 +149,8 @@ def write(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
         OSError: If it can't be written; an existing file is then as it was.
     """
     target = Path(os.path.realpath(path))
+    if target.is_symlink():  # what remains of links that lead round
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     mode = target.stat().st_mode if target.exists() else None
     if mode is not None and not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
@@ -158,7 +160,7 @@ def write(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
     folder = target.parent
     _sweep(target)
     mine = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
-    temporary = folder / f".{target.name[:200]}.{mine}.tmp"
+    temporary = folder / f".{_start(target)}.{mine}.tmp"
     try:
         fd, unnamed = _open(folder, temporary)
         with os.fdopen(fd, "wb") as file:
@@ -250,12 +252,17 @@ def _sweep(target: Path) -> None:
     With nameless files that takes a kill in the instant between naming and renaming. Another
     machine's files are left alone for an hour: its processes can't be asked after.
     """
-    for old in target.parent.glob(f".{glob.escape(target.name[:200])}.*.*.*.tmp"):
+    for old in target.parent.glob(f".{glob.escape(_start(target))}.*.*.*.tmp"):
         host, pid = old.name.split(".")[-4:-2]
         with suppress(OSError, ValueError):
             here = host == _host()
             if not _alive(int(pid)) if here else time.time() - old.stat().st_mtime > _ABANDONED:
                 old.unlink()
+
+
+def _start(target: Path) -> str:
+    """As much of a file's name as leaves room for more: systems count bytes."""
+    return os.fsdecode(os.fsencode(target.name)[:200])
 
 
 def _host() -> str:

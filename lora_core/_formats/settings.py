@@ -128,7 +128,7 @@ class PeftSettings:
         for path in paths:
             long = len(path) if len(path) <= _MAX_PATTERN else 0
             # a pattern is tried after every dot
-            work += path.count(".") * (most[0] + long * (most[1] + long * most[2] // 2))
+            work += (path.count(".") + 1) * (most[0] + long * (most[1] + long * most[2] // 2))
         if work > _MAX_WORK:
             raise CorruptFileError(
                 f"{where!r} must be quick to match, but its {len(self.patterns)} patterns may take"
