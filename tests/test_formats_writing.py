@@ -72,13 +72,13 @@ def layer(
     if "dora" in extras:
         make["lora_magnitude"] = (out,)
     if "columns" in extras:
-        make["lora_magnitude_in"] = (size,)
+        make["lora_in_magnitude"] = (size,)
     if "bias" in extras:
         make["lora_bias"] = (out,)
     if "first" in extras:
         make |= {"lora_A0": make["lora_A"], "lora_B0": make["lora_B"]}
     parts = {p: rand(*s, dtype=dtype, seed=seed + n) for n, (p, s) in enumerate(make.items())}
-    for part in ("lora_magnitude", "lora_magnitude_in"):
+    for part in ("lora_magnitude", "lora_in_magnitude"):
         if part in parts:
             parts[part] = parts[part].abs() + 0.5
     config = AdapterConfig(
@@ -87,7 +87,8 @@ def layer(
         more.pop("dropout", 0.0),
         dtype,
         tucker="tucker" in extras,
-        dora="dora" in extras,
+        dora=bool({"dora", "columns"} & set(extras)),
+        dora_in="columns" in extras,
         bias="bias" in extras,
         init="pissa" if "first" in extras else "kaiming",
         **more,
@@ -410,9 +411,9 @@ def test_lengths_of_columns_are_those_of_a_layer_here_in_the_own_format(tmp_path
     write(adapter({"a": x}), path)
     found = read(path)
     assert found.layers["a"].settings.dora_in
-    assert torch.equal(found.layers["a"].parts["lora_in_magnitude"], x.parts["lora_magnitude_in"])
+    assert torch.equal(found.layers["a"].parts["lora_in_magnitude"], x.parts["lora_in_magnitude"])
     again = encode(found, "lycoris").tensors["lycoris_a.dora_scale"]
-    assert torch.equal(again, x.parts["lora_magnitude_in"][None])
+    assert torch.equal(again, x.parts["lora_in_magnitude"][None])
 
 
 def test_magnitudes_have_the_shapes_of_each_format() -> None:

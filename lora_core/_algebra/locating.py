@@ -98,7 +98,7 @@ def located(
     """
     paths = _paths(adapter, checkpoint)
     for name, layer in adapter.layers.items():
-        if layer.config is None or "lora_magnitude_in" in layer.parts:
+        if layer.config is None or "lora_in_magnitude" in layer.parts:
             kind = layer.kind if layer.config is None else "DoRA over inputs"
             raise UnsupportedLayerError(
                 f"A layer must be factors to be merged into a file, but {name!r} is of the kind"

@@ -100,7 +100,7 @@ def names_of(one: Adapter, other: Adapter) -> "tuple[_Names, _Names]":
 def difference_of(one: AdapterLayer, other: AdapterLayer) -> tuple[float, str]:
     """How far two layers are apart, and why that can't be said ("" where it can)."""
     forms = form_of(one), form_of(other)
-    lengths = [{"lora_magnitude", "lora_magnitude_in"} & x.parts.keys() for x in (one, other)]
+    lengths = [{"lora_magnitude", "lora_in_magnitude"} & x.parts.keys() for x in (one, other)]
     if lengths[0] != lengths[1] or ("values" in forms and forms[0] != forms[1]):
         return math.inf, f"{forms[0]} in one, {forms[1]} in the other"
     gaps = []

@@ -16,7 +16,7 @@ from lora_core._formats import Adapter, AdapterLayer
 _FORMS = {
     "lora_mid": "Tucker",
     "lora_magnitude": "DoRA",
-    "lora_magnitude_in": "DoRA of columns",
+    "lora_in_magnitude": "DoRA of columns",
     "lora_bias": "bias",
     "lora_A0": "subtracted",
 }

@@ -29,8 +29,8 @@ def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: s
     found = fitted(name, found, matrix.shape, mixin.lora_kind, where)
     if found.config is None:
         found = _as_factors(found, module)
-    if "lora_magnitude_in" in found.parts:
-        found = _of_columns(name, found, module, where)
+    if "lora_in_magnitude" in found.parts:
+        _check_columns(name, found, module, where)
     if found.settings.bias and getattr(module, "bias", None) is None:
         raise MismatchError(
             f"The adapter of {name!a} in {where!r} must find a bias to add to, but the layer has"
@@ -67,17 +67,13 @@ def _is_transposed(module: nn.Module | Slot) -> bool:
     return mixin.lora_kind == "linear" and mixin.lora_matrix(weight) is not weight
 
 
-def _of_columns(
-    name: str, found: AdapterLayer, module: nn.Module | Slot, where: str
-) -> AdapterLayer:
+def _check_columns(name: str, found: AdapterLayer, module: nn.Module | Slot, where: str) -> None:
+    """Refuses lengths of columns where input features are no columns."""
     if found.kind not in ("linear", "conv") or _is_transposed(module) or _groups(module) > 1:
         raise MismatchError(
             f"Lengths of columns must be of a plain linear layer or convolution, but {where!r} has"
             f" them for {name!a}, which is another. Merge it with the program that wrote it."
         )
-    parts: dict[str, Tensor] = dict(found.parts)
-    parts["lora_in_magnitude"] = parts.pop("lora_magnitude_in")
-    return replace(found, config=replace(found.settings, dora=True, dora_in=True), parts=parts)
 
 
 def _groups(module: nn.Module | Slot) -> int:

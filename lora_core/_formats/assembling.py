@@ -131,7 +131,8 @@ def layer(
         dropout=0.0,
         dtype=down.dtype,
         rslora=rslora,
-        dora="lora_magnitude" in parts,
+        dora=not parts.keys().isdisjoint(("lora_magnitude", "lora_in_magnitude")),
+        dora_in="lora_in_magnitude" in parts,
         bias="bias" in module.parts,
         tucker="lora_mid" in parts,
     )
@@ -189,7 +190,7 @@ def _dora(name: str, scale: Tensor, outs: int, ins: int, where: str) -> dict[str
     if scale.ndim and scale.numel() == outs == shape[0]:
         return {"lora_magnitude": scale.reshape(-1)}
     if scale.ndim and scale.numel() == ins and ins in shape[:2] and shape[0] in (1, ins):
-        return {"lora_magnitude_in": scale.reshape(-1)}
+        return {"lora_in_magnitude": scale.reshape(-1)}
     raise CorruptFileError(
         f"The `dora_scale` of {name!a} in {where!r} must be ({outs}, 1, ...) or (1, {ins}, ...),"
         f" but is {shape}. Fetch or save the file again."

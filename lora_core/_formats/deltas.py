@@ -64,7 +64,7 @@ def dense_delta(
             return torch.zeros_like(base)
         return strength * (delta - base if layer.kind == "values" else delta)
     delta = _product(layer, parts, layer.config.scale * strength).reshape(base.shape)
-    for part, axis in (("lora_magnitude", 0), ("lora_magnitude_in", 1)):
+    for part, axis in (("lora_magnitude", 0), ("lora_in_magnitude", 1)):
         if part in parts:
             delta = _stretched(base, delta, parts[part], axis, strength)
     return delta.T if turned is not transposed else delta

@@ -67,7 +67,7 @@ def fitted(
         "lora_mid": (config.rank, config.rank, *kernel),
         "lora_magnitude": rows,
         "lora_bias": rows,
-        "lora_magnitude_in": (ins,),
+        "lora_in_magnitude": (ins,),
     }
     fits = all(tuple(t.shape) == expected.get(part) for part, t in parts.items())
     if not fits or (layer.kind == "embedding") > (kind == "embedding"):

@@ -41,7 +41,7 @@ _FEATURES = (
     Feature("values in place of the base's", _kind("values"), ("peft",)),
     Feature("first factors that are subtracted", _part("lora_A0"), ("lora_core",), without_first),
     Feature("a Tucker core", _part("lora_mid"), ("lora_core", "lycoris"), without_core),
-    Feature("lengths of columns", _part("lora_magnitude_in"), ("lora_core", "lycoris")),
+    Feature("lengths of columns", _part("lora_in_magnitude"), ("lora_core", "lycoris")),
     Feature("a bias", _part("lora_bias"), ("lora_core", "peft", "diffusers")),
 )
 

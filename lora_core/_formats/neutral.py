@@ -21,7 +21,7 @@ class AdapterLayer:
         config: Its settings, where `dora` is of ``lora_magnitude`` alone; None where there are no
             factors.
         parts: Its tensors by what they are: ``lora_A`` and ``lora_B`` always, ``lora_mid``,
-            ``lora_magnitude`` (over outputs), ``lora_magnitude_in`` (over inputs) and
+            ``lora_magnitude`` (over outputs), ``lora_in_magnitude`` (over inputs) and
             ``lora_bias`` where the file has them; of a difference or of values ``weight`` and
             ``bias``, either or both.
         aliases: Other dotted names of the same module.

@@ -197,7 +197,7 @@ def _format(families: set[str], opened: Opened, layers: Mapping[str, AdapterLaye
         own = any(
             name.startswith("lycoris_")
             or found.config is None
-            or set(found.parts) & {"lora_mid", "lora_magnitude", "lora_magnitude_in"}
+            or set(found.parts) & {"lora_mid", "lora_magnitude", "lora_in_magnitude"}
             for name, found in layers.items()
         )
         by = opened.metadata.get("ss_network_module", "").startswith("lycoris")

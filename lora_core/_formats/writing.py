@@ -78,8 +78,9 @@ def encode(
     about = {**carried(adapter.metadata), **check_metadata(metadata or {})}
     base = check_base(base)
     # sorted, so that what is chosen among several is the same for every order
-    layers = {n: writing_native.in_neutral(x) for n, x in sorted(adapter.layers.items())}
-    layers = holding.held(layers, format, fold=check_flag("fold", fold))
+    layers = holding.held(
+        dict(sorted(adapter.layers.items())), format, fold=check_flag("fold", fold)
+    )
     if fold:
         layers = {n: x if x.config is None else folded(n, x) for n, x in layers.items()}
     plain = replace(adapter, layers=layers, metadata=about)

@@ -130,8 +130,8 @@ def _tensors(stem: str, layer: AdapterLayer) -> dict[str, Tensor]:
     ones = [1] * (down.ndim - 2)
     if "lora_magnitude" in parts:
         found["dora_scale"] = parts["lora_magnitude"].reshape(-1, 1, *ones)
-    if "lora_magnitude_in" in parts:
-        found["dora_scale"] = parts["lora_magnitude_in"].reshape(1, -1, *ones)
+    if "lora_in_magnitude" in parts:
+        found["dora_scale"] = parts["lora_in_magnitude"].reshape(1, -1, *ones)
     return {f"{stem}.{leaf}": tensor for leaf, tensor in found.items()}
 
 

@@ -11,16 +11,6 @@ from lora_core._formats.encoded import Encoded
 from lora_core._formats.neutral import Adapter, AdapterLayer
 from lora_core._formats.spelling import check_dotted, check_names, places
 
-_COLUMNS = ("lora_in_magnitude", "lora_magnitude_in")  # on a layer, and in the neutral form
-
-
-def in_neutral(layer: AdapterLayer) -> AdapterLayer:
-    """A layer of a model with the names of parts that those of files have."""
-    own, name = _COLUMNS
-    if own not in layer.parts:
-        return layer
-    return replace(layer, parts={name if p == own else p: t for p, t in layer.parts.items()})
-
 
 def file(adapter: Adapter) -> Encoded:
     """The file of an adapter, whose names have a component where there are several.
@@ -44,17 +34,13 @@ def file(adapter: Adapter) -> Encoded:
 
 def _as_on_layer(layer: AdapterLayer) -> AdapterLayer:
     """A layer as one of a model has it: of a kind that is known, its factors of one dtype."""
-    own, name = _COLUMNS
-    parts = {own if p == name else p: t for p, t in layer.parts.items()}
+    parts = layer.parts
     dtype = layer.parts["lora_A"].dtype
     for part, tensor in parts.items():
         if not part.endswith("magnitude"):
             dtype = torch.promote_types(dtype, tensor.dtype)
     parts = {p: t if p.endswith("magnitude") else t.to(dtype) for p, t in parts.items()}
-    columns = own in parts
-    config = replace(
-        layer.settings, dtype=dtype, dora=layer.settings.dora or columns, dora_in=columns
-    )
+    config = replace(layer.settings, dtype=dtype)
     kind = "linear" if layer.kind == "matrix" else layer.kind
     return replace(layer, kind=kind, config=config, parts=parts)
 
