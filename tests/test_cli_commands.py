@@ -590,6 +590,34 @@ def test_an_adapter_keeps_its_format_unless_another_is_asked_for(
     assert (tmp_path / "b" / "adapter_config.json").exists()
 
 
+def test_factors_may_be_of_another_type(tmp_path: Path, document: Json) -> None:
+    half = ("--rank", "2", "--dtype", "float16", "--to", "lora_core")
+    document("resize", PEFT, tmp_path / "a", *half)
+    types = {t.dtype for held in read(tmp_path / "a").layers.values() for t in held.parts.values()}
+    assert types == {torch.float16}
+
+
+def test_kohyas_files_have_two_spellings_and_say_their_base(tmp_path: Path, document: Json) -> None:
+    document("convert", KOHYA, tmp_path / "a", "--to", "diffusers", *BASES)
+    words = ("--to", "kohya", "--spelling", "ldm", "--family", "sd_v2")
+    document("convert", tmp_path / "a", tmp_path / "b", *words)
+    found = read(tmp_path / "b")
+    assert any("lora_unet_input_blocks_1_1_" in name for name in found.layers)
+    assert found.metadata["ss_base_model_version"] == "sd_v2"
+    assert document("inspect", tmp_path / "b")["family"]["claimed"] == "sd_v2"
+
+
+def test_square_matrices_are_stored_as_is_said(tmp_path: Path, document: Json) -> None:
+    weight = torch.randn(6, 6)
+    safetensors.torch.save_file({"a.weight": weight}, tmp_path / "base")
+    held = layer(size=6)
+    write(Adapter("style", {"a": held}), tmp_path / "lora")
+    for option, wanted in (("--transposed", delta(held).T), ("--no-transposed", delta(held))):
+        document("merge", tmp_path / "base", tmp_path / "lora", tmp_path / option, option)
+        merged = safetensors.torch.load_file(tmp_path / option)["a.weight"]
+        torch.testing.assert_close(merged, weight + wanted)
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A checkpoint, an adapter, and both merged by the library."""

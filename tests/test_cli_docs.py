@@ -1,6 +1,7 @@
 """docs/cli.md says what the parsers say, no less and no more, and its examples run."""
 
 import argparse
+import json
 import re
 import shlex
 import shutil
@@ -89,17 +90,23 @@ def test_the_examples_run_one_after_the_other(
     for name, source in FILES.items():
         shutil.copy(GOLDEN / source, name)
     blocks = re.findall(r"^```sh\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", PAGE, re.M | re.S)
-    ran = 0
+    first: dict[str, list[str]] = {}
     for commands, shown in blocks:
         out = ""
         for line in commands.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] != ["lora-core"] or words[1] == "demo":
                 continue
+            first.setdefault(words[1], words[1:])
             wanted = re.search(r"# exits with (\d+)", line)
             assert _cli.main(words[1:]) == int(wanted[1] if wanted else 0), line
             captured = capsys.readouterr()
-            out, ran = captured.out + captured.err, ran + 1
+            out = captured.out + captured.err
         if shown:
             assert out == shown
-    assert ran >= len(COMMANDS) - 1
+    assert first.keys() == COMMANDS.keys() - {"demo"}
+    for name, words in first.items():
+        force = ["--force"] if "`--force`" in section(f"lora-core {name}") else []
+        assert _cli.main([*words, "--json", *force]) == 0
+        keys = [f"`{key}`" for key in json.loads(capsys.readouterr().out) if key != "command"]
+        assert f"`--json` prints {', '.join(keys)}." in section(f"lora-core {name}")

@@ -8,7 +8,7 @@ from lora_core._cli.measures import Block
 from lora_core._errors import LoRAError
 
 _ROW = 0.24  # inches of one block
-_MARGIN = 1.2
+_MARGIN = 1.5
 _TALLEST = 60.0
 
 
@@ -50,7 +50,7 @@ def norms_by_block(blocks: Sequence[Block], title: str) -> bytes:
     panel.set_xlim(0, None)
     panel.set_xlabel("Frobenius norm of the update, scale included")
     panel.set_title(title.replace("$", r"\$"), fontsize=10, loc="left")
-    panel.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
     buffer = BytesIO()
