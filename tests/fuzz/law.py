@@ -233,8 +233,23 @@ def in_processes(
         os.close(write)
         pipes[read] = (pid, mine, 0, b"", time.monotonic())
 
-    for mine in waiting:
-        start(mine)
+    try:
+        for mine in waiting:
+            start(mine)
+        yield from _heard(pipes, start, patience)
+    finally:
+        for read, (pid, *_) in pipes.items():
+            os.close(read)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _heard(
+    pipes: dict[int, tuple[int, range, int, bytes, float]],
+    start: Callable[[range], None],
+    patience: float,
+) -> Iterator[tuple[int, str]]:
+    """The answers as they come; one that ends or hangs is replaced by another for the rest."""
     while pipes:
         ready, _, _ = select.select(list(pipes), [], [], 1.0)
         for read in list(pipes):
