@@ -467,6 +467,51 @@ def test_a_base_that_does_not_do_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_may_store_matrices_either_way(tmp_path: Path, document: Json) -> None:
+    base = LORALIB.parent / "base.safetensors"
+    words = ("--base", base, *PICKLE)
+    document("convert", LORALIB, tmp_path / "a", "--to", "peft", *words)
+    compared = document("diff", LORALIB, tmp_path / "a", *words)
+    assert compared["same"]
+    assert len(compared["layers"]) == len(read(tmp_path / "a").layers)
+
+
+def test_projections_in_one_weight_are_in_a_base(tmp_path: Path, document: Json) -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "base")
+    report = lora_core.inject(model, rank=2)
+    lora_core.save(model, tmp_path / "a")
+    document(
+        "convert", tmp_path / "a", tmp_path / "b", "--to", "lora_core", "--base", tmp_path / "base"
+    )
+    found = read(tmp_path / "b").layers
+    assert found.keys() == {layer.name for layer in report.layers}
+    assert {held.kind for held in found.values()} == {"weight", "linear"}
+
+
+def test_a_part_with_dotted_names_needs_no_base(tmp_path: Path, document: Json) -> None:
+    document("convert", KOHYA, tmp_path / "a", "--to", "diffusers", *BASES)
+    words = ("--to", "lora_core", "--base", f"unet={UNET}")
+    document("convert", tmp_path / "a", tmp_path / "b", *words)
+    assert document("diff", KOHYA, tmp_path / "b")["same"]
+
+
+def test_factors_and_a_difference_of_one_module_stay_apart(tmp_path: Path, document: Json) -> None:
+    parts = {
+        "lora_unet_a_b.lora_down.weight": torch.randn(2, 5),
+        "lora_unet_a_b.lora_up.weight": torch.randn(6, 2),
+        "lora_unet_a_b.diff_b": torch.randn(6),
+    }
+    safetensors.torch.save_file(parts, tmp_path / "a")
+    base = {"a.b.weight": torch.zeros(6, 5), "a.b.bias": torch.zeros(6)}
+    safetensors.torch.save_file(base, tmp_path / "base")
+    words = ("--to", "lycoris", "--base", f"unet={tmp_path / 'base'}")
+    assert document("convert", tmp_path / "a", tmp_path / "b", *words)["layers"] == 2
+    compared = document("diff", tmp_path / "a", tmp_path / "b")
+    assert compared["same"]
+    assert len(compared["layers"]) == 2
+
+
 def test_numbers_are_not_looked_for_in_a_checkpoint(tmp_path: Path, run: Run) -> None:
     source = GOLDEN / "cloneofsimo" / "safetensors" / "lora.safetensors"
     code, _, err = run("convert", source, tmp_path / "a", "--to", "diffusers", *BASES)

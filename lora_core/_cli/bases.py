@@ -139,7 +139,17 @@ def _hosts(shapes: Shapes) -> Iterator[Host]:
 
 def _fitted(path: str, layer: AdapterLayer, shape: tuple[int, ...], where: str) -> AdapterLayer:
     kind = "weight" if path.rpartition(".")[2] in PROJECTIONS else ""
-    return fitted(path, layer, shape[::-1] if layer.transposed else shape, kind, where)
+    turned = layer.transposed or _is_turned(layer, shape)
+    layer = fitted(path, layer, shape[::-1] if turned else shape, kind, where)
+    return replace(layer, transposed=turned)
+
+
+def _is_turned(layer: AdapterLayer, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix that is not square fits as one that is stored (in, out)."""
+    if layer.config is None or layer.kind not in ("linear", "matrix") or len(shape) != 2:
+        return False
+    sizes = layer.parts["lora_A"].shape[1], layer.parts["lora_B"].shape[0]
+    return shape[0] != shape[1] and sizes == shape
 
 
 def _check(adapter: Adapter, found: Resolution, where: str) -> None:

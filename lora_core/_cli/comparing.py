@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,13 +164,20 @@ def _weight(layer: AdapterLayer) -> float:
     return math.hypot(norm, *(float(widened(t).double().norm()) for t in others.values()))
 
 
-# by component and path, so that names can be told to be dotted, and whether parts are named
-_Names = dict[Place, str]
+class _Key(NamedTuple):
+    """What a layer is for, as far as both adapters say it: factors, or a whole difference."""
+
+    place: Place
+    whole: bool
+
+
+_Names = dict[_Key, str]
 
 
 def _paired(adapter: Adapter) -> _Names:
     return _unique(
-        (place._replace(path=_unwrapped(place)), name) for name, place in places_of(adapter).items()
+        (_Key(place._replace(path=_unwrapped(place)), adapter.layers[name].config is None), name)
+        for name, place in places_of(adapter).items()
     )
 
 
@@ -179,33 +187,35 @@ def _unwrapped(place: Place) -> str:
 
 
 def _has_parts(names: _Names) -> bool:
-    return all(place.component for place in names)
+    return all(key.place.component for key in names)
 
 
 def _is_dotted(names: _Names) -> bool:
-    return all(place.spelling == "dotted" for place in names)
+    return all(key.place.spelling == "dotted" for key in names)
 
 
 def _without_parts(names: _Names) -> _Names:
-    return _unique((place._replace(component=""), name) for place, name in names.items())
-
-
-def _as_stems(names: _Names) -> _Names:
     return _unique(
-        (place._replace(path=place.stem, spelling="stem"), name)
-        if place.spelling == "dotted"
-        else (place, name)
-        for place, name in names.items()
+        (key._replace(place=key.place._replace(component="")), name) for key, name in names.items()
     )
 
 
-def _unique(pairs: Iterable[tuple[Place, str]]) -> _Names:
+def _as_stems(names: _Names) -> _Names:
+    return _unique((key._replace(place=_stem(key.place)), name) for key, name in names.items())
+
+
+def _stem(place: Place) -> Place:
+    dotted = place.spelling == "dotted"
+    return place._replace(path=place.stem, spelling="stem") if dotted else place
+
+
+def _unique(pairs: Iterable[tuple[_Key, str]]) -> _Names:
     found: _Names = {}
-    for place, name in pairs:
-        if place in found:
+    for key, name in pairs:
+        if key in found:
             raise MismatchError(
-                f"A name must mean one layer to be compared, but {listed([found[place], name])} may"
+                f"A name must mean one layer to be compared, but {listed([found[key], name])} may"
                 " both be the other adapter's. Give the base models, --base PART=CHECKPOINT."
             )
-        found[place] = name
+        found[key] = name
     return found
