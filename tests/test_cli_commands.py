@@ -219,6 +219,14 @@ def test_what_tells_no_family_is_said(case: str, name: str, why: str, document: 
     assert said["family"] == {"name": name, "because": why, "claimed": ""}
 
 
+def test_a_text_encoder_is_known_by_its_names_alone() -> None:
+    layers = {f"encoder.layers.{n}.self_attn.q_proj": layer(out=768, size=768) for n in range(2)}
+    why = "every layer has a name of CLIP's text encoders, of width 768"
+    assert family_of(Adapter("style", layers)) == ("text encoder only", why, "")
+    mixed = {**layers, "decoder.q_proj": layer()}
+    assert family_of(Adapter("style", mixed)).name == "unknown"
+
+
 def test_what_a_file_claims_of_its_base_stands_apart(document: Json, run: Run) -> None:
     assert document("inspect", KOHYA)["family"]["claimed"] == "sd_v1"
     assert "; the file itself says 'sd_v1')" in run("inspect", KOHYA)[1]
@@ -449,7 +457,7 @@ def test_spellings_of_ldm_are_found_in_a_base_of_diffusers(tmp_path: Path, docum
         ),
         (
             ("--base", f"unet={TEXT}", "--base", f"text_encoder={TEXT}"),
-            f"`base` must have every module of '{KOHYA}', but has none for",
+            f"`base` must have every module of '{KOHYA}', but lacks 192 of its 204: 'lora_unet_",
         ),
         (
             (*BASES, "--base", f"unet={UNET}"),

@@ -13,7 +13,7 @@ from lora_core._formats.spelling import Place, parted, places
 from lora_core._layers import PROJECTIONS
 
 Shapes = Mapping[str, tuple[int, ...]]
-PARTS = (*("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior"),)
+PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior")
 # what one file of a whole Stable Diffusion puts before the names of its parts
 _PREFIXES = {
     "model.diffusion_model.": "unet",
@@ -156,10 +156,9 @@ def _check(adapter: Adapter, found: Resolution, where: str) -> None:
     if found.missing:
         near = next((near for near in found.missing.values() if near), "")
         raise MismatchError(
-            f"`base` must have every module of {where!r}, but has none for"
-            f" {listed(found.missing)}, which {len(found.missing)} of its"
-            f" {len(adapter.layers)} layers are for."
-            + (f" The nearest name is {near!r}." if near else "")
+            f"`base` must have every module of {where!r}, but lacks {len(found.missing)} of its"
+            f" {len(adapter.layers)}: {listed(found.missing)}."
+            + (f" The nearest that it has is {near!r}." if near else "")
             + " Take the checkpoint that it was made for."
         )
     for part, names in found.elsewhere.items():
@@ -168,5 +167,5 @@ def _check(adapter: Adapter, found: Resolution, where: str) -> None:
             raise MismatchError(
                 f"`base` must have every part of {where!r}, but has nothing of {part!r}, which"
                 f" {len(names)} of its {len(adapter.layers)} layers are for. Give each its own:"
-                f" {' '.join(f'--base {part}=CHECKPOINT' for part in every)}."
+                f" {' '.join(f'--base {part}=CHECKPOINT' for part in every if part)}."
             )

@@ -17,6 +17,7 @@ _SMALL_ONLY = re.compile(
     r"|output_blocks_(?:9|10|11))_.+"
 )
 _CROSS = re.compile(r".+_attn2_to_[kv]")
+_CLIP = re.compile(r"(?:text_model_)?encoder_layers_\d+_(?:self_attn|mlp)_.+")
 _TEXT = re.compile(r".*self_attn_[qkv]_proj")
 _ENDS = re.compile(r".+_proj_(?:in|out)")
 _OF_TEXT = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
@@ -55,14 +56,18 @@ def _told(adapter: Adapter) -> tuple[str, str]:
     }
     if unet:
         return _of_unet(unet, stems, parts)
-    text = {name for name in stems if found[name].component.startswith("text_encoder")}
-    others = [name for name in stems if name not in text and not _TEXT.search(stems[name])]
-    if text and not others:
-        widths = {_width(adapter.layers[name]) for name in text if _TEXT.search(stems[name])}
-        return "text encoder only", (
-            f"every layer is one of {', '.join(sorted(parts))}"
-            + (f", of width {', '.join(map(str, sorted(widths)))}" if widths else "")
-        )
+    text = [
+        name
+        for name, stem in stems.items()
+        if found[name].component.startswith("text_encoder")
+        or (not found[name].component and _CLIP.fullmatch(stem))
+    ]
+    if len(text) == len(stems):
+        widths = sorted({_width(adapter.layers[n]) for n in text if _TEXT.fullmatch(stems[n])})
+        named = sorted(parts - {""})
+        what = f"is one of {', '.join(named)}" if named else "has a name of CLIP's text encoders"
+        wide = f", of width {', '.join(map(str, widths))}" if widths else ""
+        return "text encoder only", f"every layer {what}{wide}"
     if any(place.spelling == "index" for place in found.values()):
         return "unknown", "the file has numbers in place of names"
     named = sorted(parts - {""})
