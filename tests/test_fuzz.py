@@ -1,10 +1,12 @@
 """Damaged files load whole or are refused whole; what the fuzzer once found stays mended."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +268,14 @@ def test_a_message_about_settings_is_short_and_plain(
     assert str(error.value).isprintable()
 
 
+def test_settings_beyond_the_limit_are_refused_unread(
+    parts: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    folder = peft(tmp_path)
+    os.truncate(folder / "adapter_config.json", 2**33)
+    refused(parts, folder, "a JSON object, but it has 8,589,934,592 bytes. Save it again.")
+
+
 def test_an_unknown_setting_is_noted_in_short(parts: dict[str, nn.Module], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="settings that this reader doesn't know") as said:
         lora_core.load(parts[""], peft(tmp_path, lora_alpha=2, **{"z" * 100_000: 1}))
@@ -290,6 +300,68 @@ def test_a_pickle_that_is_built_to_cost_is_refused_at_once(
 ) -> None:
     path = pickled(tmp_path / "x", value)
     refused(parts, path, said, allow_pickle=True, alpha=1.0)
+
+
+def laughing(depth: int) -> bytes:
+    """A tuple of two of a tuple of two, and so on, as a dict's key."""
+    inside = b"(K\x01K\x02tq\x00" + b"".join(
+        b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(depth)
+    )
+    return b"\x80\x02}" + inside + b"K\x01s."
+
+
+def archived(path: Path, program: bytes) -> Path:
+    """A file of torch.save with another program in it."""
+    torch.save({"a": A}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, program if name.endswith("data.pkl") else content)
+    return path
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (laughing(60), "it holds a tuple twice"),
+        (laughing(60).replace(b"q", b"N0q"), "it holds a tuple twice"),
+        (
+            b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x70\x85R.",
+            "it calls for 'builtins.bytearray'",
+        ),
+        (b"\x80\x02" + b"N0" * 600_000 + b"N.", "it has more than 1,048,576 instructions"),
+        (b"\x80\x02N", "it can't be read"),
+    ],
+)
+def test_a_pickle_whose_instructions_cost_without_end_is_refused_unread(
+    parts: dict[str, nn.Module], tmp_path: Path, program: bytes, said: str, old: bool
+) -> None:
+    path = tmp_path / "x.pt"
+    if old:
+        path.write_bytes(program + b"\x80\x02N." * 4)
+    else:
+        archived(path, program)
+    start = time.process_time()
+    with limited(seconds=20.0), pytest.raises(CorruptFileError, match=said):
+        lora_core.load(parts[""], path, allow_pickle=True, alpha=1.0)
+    assert time.process_time() - start < 10
+
+
+def test_one_tensor_under_a_million_names_is_no_million_tensors(
+    parts: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    one = torch.ones(2**17)
+    path = pickled(tmp_path / "x", {str(n): one for n in range(4_000)})
+    refused(parts, path, "is no plain tensor whose numbers the file holds", allow_pickle=True)
+    twice = pickled(tmp_path / "y", {"a": one, "b": one, "c": one.half(), "d": one.view(2, -1)})
+    assert len(pickles.read(twice)) == 4
+    old = tmp_path / "z.pt"
+    torch.save(
+        {"a": one, "b": one, "c": nn.Parameter(one)}, old, _use_new_zipfile_serialization=False
+    )
+    assert len(pickles.read(old)) == 3
 
 
 def test_a_nested_dict_is_read_under_names_with_dots(tmp_path: Path) -> None:

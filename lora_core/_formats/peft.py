@@ -52,11 +52,11 @@ def settings(path: Path) -> PeftSettings:
         UnsupportedFileError: If one asks for what plain LoRA is not.
         OSError: If the file can't be read.
     """
-    data = content(path)
+    size = path.stat().st_size
     try:
-        if len(data) > _MAX_CONFIG:
-            raise ValueError(f"it has {len(data):,} bytes")
-        config: Any = strict_json(data)
+        if size > _MAX_CONFIG:  # before anything of it is read
+            raise ValueError(f"it has {size:,} bytes")
+        config: Any = strict_json(content(path))
         if not isinstance(config, dict):
             raise ValueError(f"it is a {type(config).__name__}")
     except ValueError as error:

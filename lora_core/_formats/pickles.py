@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_core._errors import CorruptFileError, UnsupportedFileError, listed
+from lora_core._formats import instructions
+from lora_core._formats.showing import shown
 from lora_core._formats.sniffing import MAX_NAME, content
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -19,6 +21,9 @@ _MAX_DEPTH = 16
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in what torch.load says of a function it won't call
 _MAX_TENSORS = 65_536
 _MAX_NAMES = 8 * 2**20  # characters of all keys together, as a header has
+_OLD_PICKLES = 5  # before archives: a number, a version, a system, the content, its storages
+_TIMES = 4  # as many bytes as the file has may its tensors take: some hold the same numbers
+_UNREADABLE = (ValueError, OSError, NotImplementedError, KeyError, IndexError, RuntimeError)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -32,6 +37,8 @@ def read(path: Path) -> dict[str, Tensor]:
     data = content(path)
     if data[:4] == b"PK\x03\x04":
         _check_archive(path, data)
+    else:
+        _check_instructions(path, data, _OLD_PICKLES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -52,7 +59,11 @@ def read(path: Path) -> dict[str, Tensor]:
             f" {type(value).__name__}. Give the file of an adapter."
         )
     flat = _flat(value, path)
-    found = {key: _own(path, key, held) for key, held in flat}
+    found: dict[str, Tensor] = {}
+    room = _TIMES * len(data) + _MAX_NAMES
+    for key, held in flat:
+        found[key] = _own(path, key, held, room)
+        room -= found[key].nbytes
     if len(found) < len(flat):
         _refuse(path, "two of its keys are spelled alike")
     return found
@@ -81,7 +92,7 @@ def _flat(value: Mapping[Any, Any], path: Path) -> list[tuple[str, Any]]:
     return found
 
 
-def _own(path: Path, key: str, value: object) -> Tensor:
+def _own(path: Path, key: str, value: object, room: int) -> Tensor:
     """A plain copy of a tensor, refused where it is larger than what the file holds of it."""
     if isinstance(value, int | float):  # some writers keep alpha as a plain number
         try:
@@ -94,7 +105,8 @@ def _own(path: Path, key: str, value: object) -> Tensor:
             f" {type(value).__name__}. Give the file of an adapter."
         )
     plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
-    if not plain or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+    held = value.untyped_storage().nbytes() if plain else 0
+    if not plain or value.numel() * value.itemsize > min(held, room):
         _refuse(path, f"{listed([key])} is no plain tensor whose numbers the file holds")
     return value.detach().clone(memory_format=torch.contiguous_format)
 
@@ -105,10 +117,24 @@ def _check_archive(path: Path, data: bytes) -> None:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             packed = [entry for entry in archive.infolist() if entry.compress_type]
             total = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        _refuse(path, f"it can't be read ({error})")
-    if packed or total > len(data):
-        _refuse(path, "its archive unpacks to more than it holds")
+            if packed or total > len(data):
+                _refuse(path, "its archive unpacks to more than it holds")
+            pickled = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            programs = [archive.read(name) for name in pickled]
+    except (zipfile.BadZipFile, *_UNREADABLE) as error:
+        _refuse(path, f"it can't be read ({shown(error)})")
+    for program in programs:
+        _check_instructions(path, program)
+
+
+def _check_instructions(path: Path, data: bytes, many: int = 1) -> None:
+    """Of the first pickles in some bytes, until something else comes."""
+    stream = io.BytesIO(data)
+    try:
+        for _ in range(many):
+            instructions.check(stream)
+    except ValueError as error:
+        _refuse(path, f"it can't be read ({shown(error)})")
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:
