@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -347,6 +348,18 @@ def test_a_pickle_whose_instructions_cost_without_end_is_refused_unread(
     with limited(seconds=20.0), pytest.raises(CorruptFileError, match=said):
         lora_core.load(parts[""], path, allow_pickle=True, alpha=1.0)
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("name", ["archive/data.pkl", "x/data.pkl", "x/DATA.pkl"])
+def test_an_archive_with_two_programs_is_refused(
+    parts: dict[str, nn.Module], tmp_path: Path, name: str
+) -> None:
+    path = pickled(tmp_path / "x", {"lin_in.lora_A": A, "lin_in.lora_B": B})
+    assert obeys(parts, path, alpha=1.0, allow_pickle=True) == "loaded"
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the second of a name
+        archive.writestr(name, laughing(60))
+    refused(parts, path, "named alike|holds a tuple twice", allow_pickle=True, alpha=1.0)
 
 
 def test_one_tensor_under_a_million_names_is_no_million_tensors(

@@ -2,6 +2,7 @@
 
 import json
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,18 @@ MANY = settings(
 )
 MODULES = {"lin_in": (16, 12), "head": (5, 16), "blocks.0.attn.to_q": (16, 16)}
 
+
+def any_of(values: Sequence[Any]) -> st.SearchStrategy[Any]:
+    """One of them; some are too long to be shown in the strategy's own name."""
+    return st.integers(0, len(values) - 1).map(values.__getitem__)
+
+
 texts = st.one_of(
     st.text(max_size=40),
     st.text("./\\_:-\0\n\x1b\u202e%{}*?[]()~ab0", max_size=20),
-    st.sampled_from(TEXTS),
+    any_of(TEXTS),
 )
-leaves = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), texts, st.sampled_from(ODD_NUMBERS)
-)
+leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts, any_of(ODD_NUMBERS))
 trees = st.recursive(
     leaves,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
@@ -53,8 +58,8 @@ stems = st.one_of(
     texts,
 )
 keys = st.one_of(
-    st.builds("{}{}{}".format, prefixes, stems, st.sampled_from(LEAVES)),
-    st.sampled_from(NAMES),
+    st.builds("{}{}{}".format, prefixes, stems, any_of(LEAVES)),
+    any_of(NAMES),
     texts,
 )
 sizes = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 6, 12, 16, 40])
@@ -164,7 +169,7 @@ SETTINGS = (
 )
 patterns = st.one_of(
     st.text(string.ascii_lowercase[:3] + r".*+?|()[]{}\^$0", max_size=30),
-    st.sampled_from(PATTERNS),
+    any_of(PATTERNS),
     st.from_regex(r"(blocks|lin|[a-z]\.){1,3}[*+?]?(_in|[0-9]+)?", fullmatch=True),
 )
 

@@ -119,7 +119,11 @@ def _check_archive(path: Path, data: bytes) -> None:
             total = sum(entry.file_size for entry in archive.infolist())
             if packed or total > len(data):
                 _refuse(path, "its archive unpacks to more than it holds")
-            pickled = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            # torch's own reader of archives passes over the case of names
+            names = [name.lower() for name in archive.namelist()]
+            if len(set(names)) < len(names):
+                _refuse(path, "two entries of its archive are named alike")
+            pickled = [entry for entry in archive.namelist() if entry.lower().endswith(".pkl")]
             programs = [archive.read(name) for name in pickled]
     except (zipfile.BadZipFile, *_UNREADABLE) as error:
         _refuse(path, f"it can't be read ({shown(error)})")
