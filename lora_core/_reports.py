@@ -299,6 +299,7 @@ class SaveReport:
         layers: Names of the layers it is on.
         parameters: Numbers in its factors.
         nbytes: Bytes of the file.
+        notes: How what was written differs from the adapter, a sentence each.
     """
 
     path: str
@@ -306,12 +307,14 @@ class SaveReport:
     layers: tuple[str, ...]
     parameters: int
     nbytes: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
+        said = (
             f"saved {self.adapter} to {self.path}: {len(self.layers)} layers,"
             f" {self.parameters:,} parameters, {self.nbytes:,} bytes"
         )
+        return "\n".join([said, *self.notes])
 
 
 @dataclass(frozen=True, slots=True)

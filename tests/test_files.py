@@ -306,7 +306,7 @@ def test_a_diverged_adapter_is_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         model[1].lora_B_style[0] = float("inf")
     with pytest.raises(
-        ConfigError, match="^An adapter must be finite to be saved, but that of '1'"
+        ConfigError, match="^An adapter must be finite to be written, but that of '1'"
     ):
         lora_core.save(model, tmp_path / "x")
 

@@ -3,47 +3,62 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core._adapters import adapter_names, layers_with
-from lora_core._config import AdapterConfig
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
-from lora_core._formats import Adapter, AdapterLayer, container, native
+from lora_core._files.models import as_models, whole
+from lora_core._formats import Adapter, AdapterLayer, native, write
+from lora_core._formats.folding import without_first
+from lora_core._formats.peft import CONFIG, WEIGHTS
 from lora_core._injection import walk
-from lora_core._layers import LoRAMixin, non_finite, part_shapes
+from lora_core._layers import LoRAMixin, part_shapes
 from lora_core._reports import SaveReport
 
 
 def save(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, nn.Module],
     path: str | os.PathLike[str],
     name: str | None = None,
     metadata: Mapping[str, str] | None = None,
     *,
     plain: bool = False,
+    format: str = "lora_core",  # noqa: A002  # what everyone calls it
+    fold: bool = False,
+    base: str | None = None,
+    spelling: str | None = None,
 ) -> SaveReport:
-    """Writes one adapter of `model` to a self-describing `.safetensors` file.
+    """Writes one adapter of `model` to a file.
 
     Atomic, and byte for byte the same for the same adapter, merged or not. Strengths set by
     `scales` are not part of an adapter and are not saved; rank, alpha, dropout and `rslora` are.
+    Whatever a format has no place for is refused, never dropped.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters, or the models of a pipeline by the part that each is, as in
+            ``{"unet": unet, "text_encoder": encoder}``.
         path: Where to write; an existing file is replaced.
         name: The adapter; None if the model has just one.
         metadata: Entries of your own, strings by string.
         plain: Whether first factors that are subtracted on the fly (``init="pissa"`` or "olora")
             are written as a part of plain factors of twice the rank, which any reader of LoRA
             files understands but which train on as another adapter.
+        format: "lora_core", self-describing; or what other programs read: "kohya" (A1111, ComfyUI,
+            Civitai), "lycoris", "peft" (a folder) or "diffusers". All but "lora_core" and "peft"
+            are for pipelines: name the part, as in ``{"unet": unet}``.
+        fold: Whether to multiply the scale into `lora_B`, and to express in plainer terms what the
+            format has no place for, where that keeps the function.
+        base: For kohya's metadata and names: "sd_v1", "sd_v2", "sd_v2_v" or "sdxl_base_v1-0"; None
+            tells it by the modules.
+        spelling: How kohya's keys spell a UNet: "diffusers", "ldm", or None for the usual one.
 
     Raises:
         AdapterError: If there is no such adapter, or several and none named.
-        ConfigError: If `metadata` is not made of strings or uses a reserved key, or a factor is
-            not finite.
+        ConfigError: If `metadata` is not made of strings or uses a reserved key, a factor is not
+            finite, or the format can't hold the adapter.
         MergeError: If the base weights are gone (``merge(..., reversible=False)``).
         OSError: If the file can't be written, or one that is read-only is there; an existing one is
             then as it was.
@@ -56,7 +71,41 @@ def save(
         16
     """
     path = os.fsdecode(path)
-    layers = layers_with(model, name)
+    own = _check_metadata({} if metadata is None else metadata)
+    found = replace(adapter_of(model, name, plain=plain), metadata=own)
+    written = write(found, path, format, fold=fold, base=base, spelling=spelling)
+    numbers = sum(t.numel() for t in written.tensors.values())
+    folder = written.config is not None
+    files = [Path(path, n) for n in (WEIGHTS[0], CONFIG)] if folder else [Path(path)]
+    nbytes = sum(file.stat().st_size for file in files)
+    return SaveReport(path, found.name, tuple(found.layers), numbers, nbytes, written.notes)
+
+
+def adapter_of(
+    model: nn.Module | Mapping[str, nn.Module], name: str | None = None, *, plain: bool = False
+) -> Adapter:
+    """An adapter of a model as a value, for `combine`, `resize` or `write`.
+
+    Its tensors are those on the model: they change as it trains.
+
+    Args:
+        model: A model with adapters, or models by part, as for `save`.
+        name: The adapter; None if the model has just one.
+        plain: Whether first factors that are subtracted are a part of plain ones, as for `save`.
+
+    Raises:
+        AdapterError: If there is no such adapter, or several and none named.
+        ConfigError: If it has no values, or tensors of other shapes than its settings say.
+        MergeError: If the base weights are gone (``merge(..., reversible=False)``).
+
+    Example:
+        >>> from lora_core import LoRALinear
+        >>> adapter_of(LoRALinear(nn.Linear(3, 5), rank=2)).name
+        'default'
+    """
+    models = as_models(model)
+    host = whole(models)
+    layers = layers_with(host, name)
     if name is None:
         known = adapter_names(layers)
         if len(known) > 1:
@@ -64,7 +113,6 @@ def save(
                 f"`name` must say which adapter to save, but the model has {listed(known)}."
             )
         name = known[0]
-    own = _check_metadata({} if metadata is None else metadata)
     gone = [
         n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is None
     ]
@@ -73,79 +121,63 @@ def save(
             f"An adapter must be saved with its base at hand, but {listed(gone)} was merged with"
             " reversible=False. Save before such a merge."
         )
-    held = {n: m.lora_stored(name) for n, m in layers.items()}
+    held = _held(layers, name)
     hollow = [n for n, parts in held.items() if any(f.is_meta for f in parts.values())]
     if hollow:
         raise ConfigError(
             f"An adapter must have values to be saved, but that of {listed(hollow)} is on the meta"
             " device. Call `model.to_empty(device=...)` and train it first."
         )
-    _check_shapes(layers, name)
-    others, file_layers = _other_names(model, layers), {}
+    others, found = _other_names(host, layers), {}
     for n, layer in layers.items():
-        config, parts = layer.lora_configs[name], cast(Mapping[str, torch.Tensor], held[n])
+        part, _, path = n.partition(".") if "" not in models else ("", "", "")
+        found[n] = AdapterLayer(
+            layer.lora_kind,
+            layer.lora_configs[name],
+            held[n],
+            others.get(n, ()),
+            component=part,
+            path=path,
+            alpha_from="",  # there is no file
+        )
         if plain:
-            config, parts = _plain(n, layer, config, parts)
-        file_layers[n] = AdapterLayer(layer.lora_kind, config, parts, others.get(n, ()))
-    tensors, entries = native.encode(Adapter(name, file_layers, fingerprint(layers), own))
-    try:
-        data = container.pack(tensors, entries)
-    except container.NonFiniteError:
-        raise ConfigError(
-            f"An adapter must be finite to be saved, but that of {listed(_bad(held))} holds"
-            " NaN or infinity. Go back to an earlier state; lower the learning rate."
-        ) from None
-    container.write(path, data)
-    numbers = sum(t.numel() for t in tensors.values())
-    return SaveReport(os.fspath(path), name, tuple(layers), numbers, len(data))
+            found[n] = _plain(n, found[n])
+    return Adapter(name, found, fingerprint(layers))
 
 
-def _check_shapes(layers: Mapping[str, LoRAMixin], name: str) -> None:
-    """Refuses tensors that were replaced by others, which no reader would take."""
-    odd = [
-        f"{n}.{part} {tuple(p.shape)} (rank {layer.lora_configs[name].rank} has {shape})"
-        for n, layer in layers.items()
-        for part, shape in part_shapes(layer, layer.lora_configs[name]).items()
-        if (p := layer.lora_parts(name)[part]).shape != shape
-    ]
+def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors to be stored; refuses those replaced by others, which no reader would take."""
+    held: dict[str, Mapping[str, Tensor]] = {}
+    odd = []
+    for n, layer in layers.items():
+        config, parts = layer.lora_configs[name], layer.lora_parts(name)
+        for part, shape in part_shapes(layer, config).items():
+            if parts[part].shape != shape:
+                has = tuple(parts[part].shape)
+                odd.append(f"{n}.{part} {has} (rank {config.rank} has {shape})")
+        held[n] = parts if config.room == config.rank or odd else layer.lora_stored(name)
     if odd:
         raise ConfigError(
             f"An adapter must have the shapes of its settings to be saved, but has {listed(odd)}."
             " Inject one of that rank instead of replacing tensors."
         )
+    return held
 
 
-def _bad(held: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
-    return non_finite({n: list(parts.values()) for n, parts in held.items()})
-
-
-def _plain(
-    name: str, layer: LoRAMixin, config: AdapterConfig, parts: Mapping[str, torch.Tensor]
-) -> tuple[AdapterConfig, Mapping[str, torch.Tensor]]:
+def _plain(name: str, layer: AdapterLayer) -> AdapterLayer:
     """The same update without factors that are subtracted: twice the rank, at the same scale."""
+    config, parts = layer.settings, layer.parts
     if not config.subtracted:
-        return config, parts
-    limit = min(layer.lora_sizes(layer))
+        return layer
+    limit = min(parts["lora_A"][0].numel(), parts["lora_B"].shape[0])
+    if layer.kind == "weight":
+        limit = min(parts["lora_A"].shape[-1], parts["lora_B"].shape[-2])
     if 2 * config.rank > limit:
         raise ConfigError(
             f"A plain file needs twice the rank, at most min(in_features, out_features) = {limit},"
             f" but that is {2 * config.rank} at {name!r}. Save it without plain=True."
         )
-    with torch.no_grad():
-        lora_A, lora_B = layer.lora_subtracted(
-            *(parts[part] for part in ("lora_A", "lora_B", "lora_A0", "lora_B0"))
-        )
-    rest = {part: p for part, p in parts.items() if part in ("lora_magnitude", "lora_bias")}
-    rank = 2 * config.rank
-    plain = replace(
-        config,
-        rank=rank,
-        alpha=config.scale * rank,
-        rslora=False,
-        init="kaiming",
-        reserve_rank=None,
-    )
-    return plain, {"lora_A": lora_A, "lora_B": lora_B, **rest}
+    return without_first(layer)
 
 
 def _other_names(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> dict[str, tuple[str, ...]]:

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_core._errors import ConfigError, listed
 from lora_core._formats import container, peft
 from lora_core._formats.neutral import AdapterLayer
+from lora_core._layers import non_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,31 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
     def files(self) -> dict[str, bytes | bytearray]:
-        """The bytes by file name, "" for a file that is named by its path alone."""
-        data = container.pack(self.tensors, self.metadata)
+        """The bytes by file name, "" for a file that is named by its path alone.
+
+        Raises:
+            ConfigError: If a factor is not finite, or the header would be too large.
+        """
+        try:
+            data = container.pack(self.tensors, self.metadata)
+        except container.NonFiniteError:
+            check_values(self.layers)
+            raise
         if self.config is None:
             return {"": data}
         text = json.dumps(self.config, indent=2, sort_keys=True)
         return {peft.WEIGHTS[0]: data, peft.CONFIG: text.encode()}
+
+
+def check_values(layers: Mapping[str, AdapterLayer]) -> None:
+    """Refuses what is not finite.
+
+    Raises:
+        ConfigError: If a factor holds NaN or infinity.
+    """
+    bad = non_finite({name: list(layer.parts.values()) for name, layer in layers.items()})
+    if bad:
+        raise ConfigError(
+            f"An adapter must be finite to be written, but that of {listed(bad)} holds NaN or"
+            " infinity. Go back to an earlier state; lower the learning rate."
+        )

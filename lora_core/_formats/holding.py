@@ -64,8 +64,10 @@ def held(
     """
     out = dict(layers)
     for feature in _FEATURES:
+        if format in feature.formats:
+            continue
         names = [name for name, layer in out.items() if feature.has(layer)]
-        if not names or format in feature.formats:
+        if not names:
             continue
         if feature.plainer is None or not fold:
             refuse(format, feature.words, names, feature.formats, foldable=bool(feature.plainer))

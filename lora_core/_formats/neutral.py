@@ -18,8 +18,7 @@ class AdapterLayer:
             parameter that is read; "matrix" where factors of two dimensions are all that is known.
             "difference" where `parts` are added to the module's parameters of the same names, and
             "values" where they replace them.
-        config: Its settings, where `dora` is of ``lora_magnitude`` alone; None where there are no
-            factors.
+        config: Its settings; None where there are no factors.
         parts: Its tensors by what they are: ``lora_A`` and ``lora_B`` always, ``lora_mid``,
             ``lora_magnitude`` (over outputs), ``lora_in_magnitude`` (over inputs) and
             ``lora_bias`` where the file has them; of a difference or of values ``weight`` and

@@ -22,12 +22,11 @@ from lora_core._formats import (
     writing_native,
     writing_peft,
 )
-from lora_core._formats.encoded import Encoded
+from lora_core._formats.encoded import Encoded, check_values
 from lora_core._formats.folding import folded
 from lora_core._formats.metadata import carried, check_base, check_metadata
 from lora_core._formats.neutral import Adapter, AdapterLayer
 from lora_core._formats.spelling import SPELLINGS
-from lora_core._layers import non_finite
 
 _WRITABLE = 0o222
 
@@ -69,12 +68,8 @@ def encode(
         )
     if not adapter.layers:
         raise ConfigError("An adapter must have a layer to be written, but has none. Add one.")
-    bad = non_finite({n: list(layer.parts.values()) for n, layer in adapter.layers.items()})
-    if bad:
-        raise ConfigError(
-            f"An adapter must be finite to be written, but that of {listed(bad)} holds NaN or"
-            " infinity. Go back to an earlier state; lower the learning rate."
-        )
+    if format != "lora_core":  # whose values are seen when they are packed
+        check_values(adapter.layers)
     about = {**carried(adapter.metadata), **check_metadata(metadata or {})}
     base = check_base(base)
     # sorted, so that what is chosen among several is the same for every order
@@ -144,8 +139,12 @@ def write(
 
 def _notes(before: Mapping[str, AdapterLayer], found: Encoded, format: str) -> Iterator[str]:  # noqa: A002
     """What was made plainer, and what acts in training alone and has no place."""
-    pairs = {name: (layer, found.layers[name]) for name, layer in before.items()}
-    pairs = {name: pair for name, pair in pairs.items() if pair[0].config is not None}
+    pairs = {
+        name: (layer, found.layers[name])
+        for name, layer in before.items()
+        if layer.config is not None
+        and not (format == "lora_core" and found.layers[name].config is layer.config)
+    }
 
     def named(differs: Callable[[AdapterConfig, AdapterConfig], bool]) -> list[str]:
         return [n for n, (old, new) in pairs.items() if differs(old.settings, new.settings)]

@@ -48,7 +48,7 @@ def file(adapter: Adapter) -> Encoded:
         check_alike(own, "diffusers")
         of_text = component.startswith("text_encoder")
         paths = {name: found[name].path.removeprefix(_TEXT_MODEL) for name in own}
-        config = settings(own, paths, "" if of_text else "^")
+        config = settings(own, paths, _TEXT_MODEL if of_text else None)
         about |= {f"{component}.{key}": value for key, value in config.items()}
         for name, layer in own.items():
             for leaf, tensor in leaves(layer, biased=config["lora_bias"]).items():

@@ -18,6 +18,8 @@ def file(adapter: Adapter) -> Encoded:
     Raises:
         ConfigError: If a module is unknown by its dots, or is lower in rank than its adapter.
     """
+    if all(map(_is_on_layer, adapter.layers.values())):  # as `adapter_of` a model gives them
+        return Encoded(*native.encode(adapter), adapter.layers)
     found = places(adapter.layers)
     check_dotted(found, "lora_core")
     several = len({place.component for place in found.values()}) > 1
@@ -32,15 +34,20 @@ def file(adapter: Adapter) -> Encoded:
     return Encoded(tensors, metadata, adapter.layers)
 
 
+def _is_on_layer(layer: AdapterLayer) -> bool:
+    """Whether a layer is one of a single model, under its key there."""
+    return not layer.alpha_from and not layer.component
+
+
 def _as_on_layer(layer: AdapterLayer) -> AdapterLayer:
     """A layer as one of a model has it: of a kind that is known, its factors of one dtype."""
-    parts = layer.parts
+    parts, config = layer.parts, layer.settings
     dtype = layer.parts["lora_A"].dtype
     for part, tensor in parts.items():
         if not part.endswith("magnitude"):
             dtype = torch.promote_types(dtype, tensor.dtype)
     parts = {p: t if p.endswith("magnitude") else t.to(dtype) for p, t in parts.items()}
-    config = replace(layer.settings, dtype=dtype)
+    config = replace(config, dtype=dtype)
     kind = "linear" if layer.kind == "matrix" else layer.kind
     return replace(layer, kind=kind, config=config, parts=parts)
 

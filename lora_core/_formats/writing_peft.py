@@ -81,14 +81,14 @@ def leaves(layer: AdapterLayer, *, biased: bool) -> dict[str, Tensor]:
 
 
 def settings(
-    layers: Mapping[str, AdapterLayer], paths: Mapping[str, str], anchor: str = "^"
+    layers: Mapping[str, AdapterLayer], paths: Mapping[str, str], wrapper: str | None = None
 ) -> dict[str, Any]:
     """A `LoraConfig` for these layers, as JSON has it; the same for every order of them.
 
     Args:
         layers: The layers of one model.
         paths: What their modules are called there.
-        anchor: What patterns begin with; "" where a path may be the end of a longer one.
+        wrapper: What paths may begin with besides; None for nothing.
     """
     factors = {
         paths[name]: x.settings for name, x in sorted(layers.items()) if x.config is not None
@@ -107,11 +107,11 @@ def settings(
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _number(alpha),
-        "rank_pattern": {anchor + re.escape(p): r for p, r in ranks.items() if r != rank},
+        "rank_pattern": {_pattern(p, wrapper): r for p, r in ranks.items() if r != rank},
         "alpha_pattern": {
-            anchor + re.escape(p): _number(a) for p, a in alphas.items() if a != alpha
+            _pattern(p, wrapper): _number(a) for p, a in alphas.items() if a != alpha
         },
-        "target_modules": _targets(list(factors), anchor),
+        "target_modules": _targets(list(factors), wrapped=wrapper is not None),
         "use_rslora": rslora,
         "use_dora": "lora_magnitude" in parts,
         "lora_bias": "lora_bias" in parts,
@@ -181,12 +181,18 @@ def _means(path: str) -> bool:
     return key is not None and key.module == path
 
 
-def _targets(paths: Sequence[str], anchor: str) -> list[str] | str:
+def _pattern(path: str, wrapper: str | None) -> str:
+    """What matches this path alone, and within its wrapper; readers look for it at a path's end."""
+    plain = re.escape(path)
+    return f"^{plain}" if wrapper is None else f"^{plain}|^{re.escape(wrapper)}{plain}"
+
+
+def _targets(paths: Sequence[str], *, wrapped: bool) -> list[str] | str:
     """What PEFT adapts: paths, in a list each of which also means longer ones that end with it.
 
     Where a path is a single name, which may well be the end of others, an expression for them all.
     """
-    if anchor and any("." not in path for path in paths):
+    if not wrapped and any("." not in path for path in paths):
         return "|".join(map(re.escape, sorted(paths)))
     return sorted(paths)
 

@@ -132,7 +132,8 @@ def non_finite(factors: Mapping[str, Sequence[Tensor]]) -> list[str]:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for f in (f for pair in factors.values() for f in pair):
         groups.setdefault((f.device, f.dtype), []).append(f.detach().reshape(-1))
-    if all(bool(torch.cat(group).isfinite().all()) for group in groups.values()):
+    # a sum is finite only of finite numbers; where it isn't, it may have overflowed
+    if all(bool(torch.cat(group).sum().isfinite()) for group in groups.values()):
         return []
     return [n for n, pair in factors.items() if not all(bool(f.isfinite().all()) for f in pair)]
 
