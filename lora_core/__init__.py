@@ -37,10 +37,14 @@ if TYPE_CHECKING:
     from lora_core._errors import MergeError as MergeError
     from lora_core._errors import MismatchError as MismatchError
     from lora_core._errors import TargetError as TargetError
+    from lora_core._errors import UnsupportedFileError as UnsupportedFileError
     from lora_core._errors import UnsupportedLayerError as UnsupportedLayerError
+    from lora_core._files import adapter_of as adapter_of
     from lora_core._files import load as load
     from lora_core._files import save as save
     from lora_core._formats import Adapter as Adapter
+    from lora_core._formats import read as read
+    from lora_core._formats import write as write
     from lora_core._injection import eject as eject
     from lora_core._injection import inject as inject
     from lora_core._injection import plan as plan
@@ -69,10 +73,11 @@ _ROOMS = {
         "MergeError",
         "MismatchError",
         "TargetError",
+        "UnsupportedFileError",
         "UnsupportedLayerError",
     ),
-    "_files": ("load", "save"),
-    "_formats": ("Adapter",),
+    "_files": ("adapter_of", "load", "save"),
+    "_formats": ("Adapter", "read", "write"),
     "_injection": ("eject", "inject", "plan"),
     "_layers": (
         *("LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRAEmbedding", "LoRALinear"),

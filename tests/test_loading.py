@@ -13,8 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lora_core
-from lora_core import ConfigError, MismatchError
-from lora_core._errors import UnsupportedFileError
+from lora_core import ConfigError, MismatchError, UnsupportedFileError
 from tests.golden import GOLDEN, TinyMix, cases, file_of, grown, models_of
 
 
@@ -142,7 +141,9 @@ def test_only_loads_one_part() -> None:
 def test_a_model_without_a_part_in_the_file_is_refused() -> None:
     models, path = sd15()
     models["text_encoder_2"] = nn.Sequential(nn.Linear(3, 3))
-    said = "^Every model must have a part in .*, but 'text_encoder_2' has none; the file has 'text_enc"
+    said = (
+        "^Every model must have a part in .*, but 'text_encoder_2' has none; the file has 'text_enc"
+    )
     with pytest.raises(MismatchError, match=said):
         lora_core.load(models, path)
     del models["text_encoder_2"]
@@ -212,3 +213,103 @@ def test_other_algorithms_change_nothing(name: str) -> None:
     with pytest.raises(UnsupportedFileError, match="must hold LoRA, but holds"):
         lora_core.load(model, GOLDEN / name / "lycoris.safetensors")
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+# -- there and back
+
+
+def trained(seed: int = 0) -> dict[str, nn.Module]:
+    """A tiny UNet and text encoder with an adapter whose scale is no power of two."""
+    models, _ = sd15()
+    torch.manual_seed(seed)
+    for part, targets in (("unet", ["to_q", "proj_in", "ff.net.0.proj"]), ("text_encoder", "fc1")):
+        lora_core.inject(models[part], 2, 3.0, targets=targets, name="style")
+        with torch.no_grad():
+            for p in lora_core.parameters(models[part]):
+                p.add_(0.3 * torch.randn_like(p))
+    return models
+
+
+def deltas(models: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """What the adapters add to each weight."""
+    return {
+        f"{part}.{n}": m.lora_delta()
+        for part, model in models.items()
+        for n, m in model.named_modules()
+        if hasattr(m, "lora_delta")
+    }
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("to", ["lora_core", "kohya", "lycoris", "diffusers"])
+def test_a_pipeline_is_saved_and_loaded_in_every_format(
+    to: str, fold: bool, tmp_path: Path
+) -> None:
+    models = trained()
+    path = tmp_path / "style.safetensors"
+    report = lora_core.save(models, path, format=to, fold=fold)
+    assert report.nbytes == path.stat().st_size
+    others, _ = sd15()
+    loaded_report = lora_core.load(others, path)
+    assert loaded_report.format == to
+    ours, theirs = deltas(models), deltas(others)
+    assert ours.keys() == theirs.keys()
+    for key, delta in ours.items():
+        assert_close(theirs[key], delta, rtol=1e-5 if fold else 0, atol=0)
+    again = tmp_path / "again.safetensors"
+    lora_core.save(others, again, format=to)
+    assert again.stat().st_size
+
+
+def test_one_model_is_saved_for_peft_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TinyMix()
+    lora_core.inject(
+        model, 2, 3.0, targets=["to_q", "conv_in", "head"], rules={"head": {"rank": 4}}
+    )
+    with torch.no_grad():
+        for p in lora_core.parameters(model):
+            p.add_(torch.randn_like(p))
+    report = lora_core.save(model, tmp_path / "folder", format="peft")
+    assert report.nbytes == sum(f.stat().st_size for f in (tmp_path / "folder").iterdir())
+    other = TinyMix()
+    assert lora_core.load(other, tmp_path / "folder").format == "peft"
+    ours, theirs = deltas({"": model}), deltas({"": other})
+    assert len(ours) == 4
+    for key, delta in ours.items():
+        assert torch.equal(theirs[key], delta)
+
+
+def test_adapters_are_values_between_models() -> None:
+    first, second = trained(0), trained(1)
+    sum_of = lora_core.combine([lora_core.adapter_of(m) for m in (first, second)], [0.5, -2.0])
+    third, _ = sd15()
+    report = lora_core.load(third, sum_of, name="both", check_base=False)
+    assert report.adapter == "both"
+    a, b = deltas(first), deltas(second)
+    for key, delta in deltas(third).items():
+        assert_close(delta, 0.5 * a[key] - 2.0 * b[key], rtol=0, atol=1e-5)
+
+
+def test_one_part_of_our_own_file_is_loaded_by_its_name(tmp_path: Path) -> None:
+    models = trained()
+    lora_core.save({"unet": models["unet"]}, tmp_path / "a.safetensors")
+    for target in ("bare", "named"):
+        unet = sd15()[0]["unet"]
+        lora_core.load({"unet": unet} if target == "named" else unet, tmp_path / "a.safetensors")
+        assert deltas({"unet": unet}).keys() == deltas({"unet": models["unet"]}).keys()
+
+
+def test_a_format_for_pipelines_asks_for_the_part(tmp_path: Path) -> None:
+    model = TinyMix()
+    lora_core.inject(model, 2, targets="to_q")
+    said = (
+        r"^A module must be of a known part of a pipeline to be written as 'kohya', but .*\. Save"
+    )
+    with pytest.raises(ConfigError, match=said):
+        lora_core.save(model, tmp_path / "a.safetensors", format="kohya")
+    with pytest.raises(
+        ConfigError, match="^`format` must be one of 'lora_core', 'kohya', .* 'a1111'"
+    ):
+        lora_core.save(model, tmp_path / "a.safetensors", format="a1111")
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from lora_core._config import check_finite, check_name, check_rank
 from lora_core._errors import ConfigError, listed
 from lora_core._files.fitting import compare_aliases, compare_base, resolve
 from lora_core._files.models import as_models, whole
-from lora_core._files.placing import chosen, placed
+from lora_core._files.placing import chosen, is_placed, placed
 from lora_core._formats import Adapter, AdapterLayer, read
 from lora_core._formats.loralib import Enabled
 from lora_core._injection import Candidate, Graft, graft, modules_of, regraft, walk
@@ -23,7 +23,7 @@ from lora_core._reports import Report, count
 
 def load(
     model: nn.Module | Mapping[str, nn.Module],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Adapter,
     name: str | None = None,
     scale: float | None = None,
     strict: bool = True,
@@ -55,7 +55,8 @@ def load(
     Args:
         model: The model, bare or with other adapters; or the models of a pipeline by the part that
             each is, as in ``{"unet": unet, "text_encoder": encoder}``.
-        path: A file, or the folder of a PEFT adapter.
+        path: A file, or the folder of a PEFT adapter; or an adapter that was read already, as
+            `combine` and `resize` make them too.
         name: What to call the adapter here; None means as it was saved.
         scale: Its strength; None means 1, or that of the adapter whose place it takes.
         strict: Whether a layer that the model lacks, or a base model with other weights, is an
@@ -93,15 +94,18 @@ def load(
         ...     load(bare, f"{folder}/style.safetensors", name="style").layers[0].rank
         2
     """
-    path = os.fsdecode(path)
     models = as_models(model)
     strength = None if scale is None else check_finite("scale", scale)
     if name is not None:
         check_name(name)
-    file = read(path, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora)
+    if isinstance(path, Adapter):
+        file, path = path, path.name
+    else:
+        path = os.fsdecode(path)
+        file = read(path, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora)
     name = file.name if name is None else name
     file, notes = chosen(file, only, path), list(file.notes)
-    if file.format != "lora_core":
+    if not is_placed(file, models):
         file, more = placed(file, models, path, strict=strict)
         notes += more
     host = whole(models)

@@ -31,6 +31,15 @@ def chosen(file: Adapter, only: str | None, where: str) -> Adapter:
     return replace(file, layers=layers)
 
 
+def is_placed(file: Adapter, models: Mapping[str, nn.Module]) -> bool:
+    """Whether the names of a file are the models' own already, as those that `save` wrote are."""
+    if file.format != "lora_core" or any(layer.config is None for layer in file.layers.values()):
+        return False
+    if any(layer.component or layer.spelling != "dotted" for layer in file.layers.values()):
+        return False
+    return "" in models or any(name.partition(".")[0] in models for name in file.layers)
+
+
 def placed(
     file: Adapter, models: Mapping[str, nn.Module], where: str, *, strict: bool
 ) -> tuple[Adapter, list[str]]:
