@@ -90,6 +90,12 @@ def spoil(model: nn.Module, *_: Any, **__: Any) -> None:
     raise ConfigError("no")
 
 
+def linger(model: nn.Module, *_: Any, **__: Any) -> Any:
+    report = lora_core.inject(model, rank=1, targets="lin_in")
+    model.register_buffer("left", torch.ones(1))
+    return report
+
+
 def diverge(model: nn.Module, *_: Any, **__: Any) -> Any:
     report = lora_core.inject(model, rank=1, targets="lin_in")
     model.lin_in.lora_A_default.data[:] = float("nan")  # type: ignore[union-attr]
@@ -104,6 +110,7 @@ def diverge(model: nn.Module, *_: Any, **__: Any) -> Any:
         (stumble, "KeyError is no error of ours"),
         (rant, "a message of 5 characters"),
         (spoil, "the model is another after ConfigError"),
+        (linger, "the model is another once the adapter of loaded is off"),
         (diverge, "lin_in.lora_A_default is not finite"),
     ],
 )
@@ -116,6 +123,23 @@ def test_the_law_notices_what_breaks_it(
     monkeypatch.setattr(lora_core, "load", fault)
     with pytest.raises(LawError, match=f"^{said}"):
         obeys(parts, Path("x"))
+
+
+def test_the_law_looks_at_an_adapter_whose_place_is_taken(
+    parts: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = GOLDEN / "peft" / "linear"
+    assert obeys(parts, folder, replaced=True) == "loaded"
+
+    def forget(model: nn.Module, *_: Any, **__: Any) -> None:
+        with torch.no_grad():
+            for p in lora_core.parameters(model):
+                p.zero_()
+        raise ConfigError("no")
+
+    monkeypatch.setattr(lora_core, "load", forget)
+    with pytest.raises(LawError, match="^the model is another after ConfigError"):
+        obeys(parts, folder, replaced=True)
 
 
 # -- what the fuzzer found, mended

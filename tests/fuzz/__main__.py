@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=20_000, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the number to begin with")
     parser.add_argument("--only", type=int, help="one number, with its traceback")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=30.0, help="after which to stop")
     given = parser.parse_args()
     torch.set_num_threads(1)

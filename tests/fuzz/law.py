@@ -64,12 +64,26 @@ def same(a: tuple[list[object], list[Tensor]], b: tuple[list[object], list[Tenso
     )
 
 
-def obeys(parts: Mapping[str, nn.Module], path: Path, **keywords: Any) -> str:
+def obeys(
+    parts: Mapping[str, nn.Module], path: Path, *, replaced: bool = False, **keywords: Any
+) -> str:
     """Loads a file under the law; "loaded", or the name of the error that refused it.
+
+    Args:
+        parts: One model under "", or several by part.
+        path: The file or folder.
+        replaced: Whether the file is to take the place of an adapter of every linear layer.
+        keywords: What `load` is told beside.
 
     Raises:
         LawError: If it is broken.
     """
+    bare = portrait(parts)
+    # together: a model for which the file has nothing stopped training all the same
+    host = parts[""] if "" in parts else nn.ModuleDict(parts)
+    if replaced:
+        lora_core.inject(host, rank=1, targets=nn.Linear, name="held")
+        keywords |= {"name": "held", "replace": True}
     before = portrait(parts)
     outcome = "loaded"
     target: Any = parts.get("", parts)
@@ -77,7 +91,7 @@ def obeys(parts: Mapping[str, nn.Module], path: Path, **keywords: Any) -> str:
         warnings.simplefilter("ignore")
         try:
             with limited():
-                report = lora_core.load(target, path, strict=False, **keywords)
+                report = lora_core.load(target, path, **{"strict": False, **keywords})
         except (lora_core.LoRAError, OSError) as error:
             outcome = type(error).__name__
             _check_cause(error)
@@ -92,10 +106,12 @@ def obeys(parts: Mapping[str, nn.Module], path: Path, **keywords: Any) -> str:
             ) from error
     if outcome == "loaded":
         _check_finite(parts, report)
-        # together: a model for which the file has nothing stopped training all the same
-        lora_core.eject(parts[""] if "" in parts else nn.ModuleDict(parts))
-    if not same(portrait(parts), before):
+    elif not same(portrait(parts), before):
         raise LawError(f"the model is another after {outcome}")
+    if replaced or outcome == "loaded":
+        lora_core.eject(host)
+    if not same(portrait(parts), bare):
+        raise LawError(f"the model is another once the adapter of {outcome} is off")
     return outcome
 
 
@@ -124,7 +140,8 @@ def limited(seconds: float = SECONDS) -> Iterator[None]:
     _reset_peak()
     before = _memory("VmRSS")
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + BYTES, limits[1]))
+    if before:  # else this system doesn't tell
+        resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + BYTES, limits[1]))
     old = signal.signal(signal.SIGPROF, _too_slow)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
@@ -143,9 +160,11 @@ def _too_slow(signum: int, frame: FrameType | None) -> None:
 
 
 def _memory(what: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1]) * 1024
+    """Bytes of this process; 0 where the system doesn't tell."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{what}:"):
+                return int(line.split()[1]) * 1024
     return 0
 
 
@@ -181,6 +200,10 @@ class Fuzzer:
             keywords["allow_pickle"] = True
         if rng.random() < 0.2:
             keywords["alpha"] = 2.0
+        if rng.random() < 0.2:
+            keywords["strict"] = True
+        if rng.random() < 0.1:
+            keywords["replaced"] = True
         return specimen, files, keywords
 
     def try_one(self, number: int) -> tuple[str, str]:
