@@ -28,7 +28,7 @@ import lora_core
 from lora_core import AdapterError, ConfigError, CorruptFileError, MergeError, MismatchError
 from lora_core._config import AdapterConfig
 from lora_core._files.fingerprint import differing, fingerprint
-from lora_core._formats import Adapter, AdapterLayer, container, native
+from lora_core._formats import Adapter, AdapterLayer, container, native, replacing
 from lora_core.testing.laws import train_pretend
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -617,7 +617,7 @@ def test_a_full_disk_keeps_the_old_file_and_names_the_path(
 def test_droppings_of_dead_processes_are_swept_and_others_left(path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    here, dead, alive = container._host(), child.pid, os.getppid()
+    here, dead, alive = replacing._host(), child.pid, os.getppid()
     gone = [f"{here}.{dead}.aa", "00000000.1.bb"]
     kept = [f"{here}.{alive}.cc", "00000000.1.dd"]
     files = {name: path.parent / f".{path.name}.{name}.tmp" for name in gone + kept}

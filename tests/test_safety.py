@@ -27,7 +27,7 @@ from torch import nn
 
 import lora_core
 from lora_core import ConfigError, CorruptFileError, LoRAError
-from lora_core._formats import container, read
+from lora_core._formats import read, replacing
 from lora_core.testing.laws import train_pretend
 from tests.golden import GOLDEN, TinyMix
 
@@ -343,7 +343,7 @@ def test_what_a_process_left_of_a_long_name_is_swept(tmp_path: Path) -> None:
     file, gone = tmp_path / ("字" * 80), subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     start = os.fsdecode(os.fsencode(file.name)[:200])
-    (tmp_path / f".{start}.{container._host()}.{gone.pid}.aa.tmp").write_bytes(b"")
+    (tmp_path / f".{start}.{replacing._host()}.{gone.pid}.aa.tmp").write_bytes(b"")
     lora_core.save(adapted(), file)
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 

@@ -17,11 +17,11 @@ from lora_core._algebra.checkpoints import (
 from lora_core._algebra.hosts import Hosts
 from lora_core._algebra.layers import check_adapter
 from lora_core._algebra.locating import located, part_of
-from lora_core._algebra.replacing import new_file, new_folder
 from lora_core._algebra.results import FileMergeReport, Teller, Told
 from lora_core._config import check_finite
 from lora_core._errors import ConfigError
 from lora_core._formats import Adapter
+from lora_core._formats.replacing import new_file, new_folder
 from lora_core._merging import merge
 
 

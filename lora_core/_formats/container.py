@@ -1,18 +1,10 @@
 """The rim: safetensors bytes in and out, checked on the way in and atomic on the way out."""
 
-import errno
-import glob
 import json
 import os
-import platform
-import secrets
-import stat
 import struct
 import sys
-import time
-import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lora_core._errors import ConfigError, CorruptFileError, UnsupportedFileError, listed
+from lora_core._formats.replacing import new_file
 from lora_core._formats.showing import shown
-from lora_core._formats.sniffing import MAX_NAME, content, looks_like
+from lora_core._formats.sniffing import MAX_DIMS, MAX_NAME, content, looks_like
 
 _MAX_HEADER = 8 * 2**20  # bytes
 _MAX_TENSORS = 65_536
@@ -39,7 +32,6 @@ _KINDS = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-_ABANDONED = 3600  # seconds after which a dead process's temporary file is swept
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -56,6 +48,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, *_UNBUILDABLE) as error:
         _refuse(path, shown(str(error).partition("\n")[0]).rstrip("."))
+    deep = [key for key, t in tensors.items() if t.ndim > MAX_DIMS]
+    if deep:
+        _refuse(path, f"{listed(deep)} has more than {MAX_DIMS} dimensions")
     return tensors, header.get("__metadata__") or {}
 
 
@@ -148,35 +143,8 @@ def write(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
     Raises:
         OSError: If it can't be written; an existing file is then as it was.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_symlink():  # what remains of links that lead round
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    mode = target.stat().st_mode if target.exists() else None
-    if mode is not None and not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
-        raise OSError(errno.EINVAL, f"a file is to be written, but {kind} is there", str(path))
-    if mode is not None and not mode & 0o222:
-        raise PermissionError(errno.EACCES, "the file there is read-only", str(path))
-    folder = target.parent
-    _sweep(target)
-    mine = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
-    temporary = folder / f".{_start(target)}.{mine}.tmp"
-    try:
-        fd, unnamed = _open(folder, temporary)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            if mode is not None:
-                os.fchmod(fd, stat.S_IMODE(mode))
-            os.fsync(fd)
-            if unnamed:
-                _name(fd, temporary)
-        temporary.replace(target)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} ({len(data)} bytes)", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(folder)
+    with new_file(Path(path), f" ({len(data)} bytes)") as file:
+        file.write(data)
 
 
 def strict_json(text: str | bytes) -> Any:
@@ -227,64 +195,3 @@ def _refuse(path: Path, reason: str, data: bytes = b"") -> NoReturn:
     hint = f" It looks like {looks}." if looks else " Fetch or save it again."
     kind = UnsupportedFileError if looks else CorruptFileError
     raise kind(f"{str(path)!r} must be a whole safetensors file, but {reason}.{hint}")
-
-
-def _open(folder: Path, temporary: Path) -> tuple[int, bool]:
-    """A file to write into, without a name where the system allows it: a kill leaves nothing."""
-    if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").exists():
-        with suppress(OSError):
-            return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), True
-    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), False
-
-
-def _name(fd: int, path: Path) -> None:
-    """Gives a nameless file its name."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:  # the link in /proc is followed only where a folder's descriptor is given
-        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=folder, follow_symlinks=True)
-    finally:
-        os.close(folder)
-
-
-def _sweep(target: Path) -> None:
-    """Removes what killed processes left of this target.
-
-    With nameless files that takes a kill in the instant between naming and renaming. Another
-    machine's files are left alone for an hour: its processes can't be asked after.
-    """
-    for old in target.parent.glob(f".{glob.escape(_start(target))}.*.*.*.tmp"):
-        host, pid = old.name.split(".")[-4:-2]
-        with suppress(OSError, ValueError):
-            here = host == _host()
-            if not _alive(int(pid)) if here else time.time() - old.stat().st_mtime > _ABANDONED:
-                old.unlink()
-
-
-def _start(target: Path) -> str:
-    """As much of a file's name as leaves room for more: systems count bytes."""
-    return os.fsdecode(os.fsencode(target.name)[:200])
-
-
-def _host() -> str:
-    """A short name for this machine, for names of temporary files."""
-    return f"{zlib.crc32(platform.node().encode()):08x}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _sync(folder: Path) -> None:
-    # the rename itself must survive a power cut; not every system lets a folder be opened
-    with suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_core._errors import CorruptFileError, UnsupportedFileError, listed
 from lora_core._formats import instructions
 from lora_core._formats.showing import shown
-from lora_core._formats.sniffing import MAX_NAME, content
+from lora_core._formats.sniffing import MAX_DIMS, MAX_NAME, content
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _MAX_DEPTH = 16
@@ -105,6 +105,7 @@ def _own(path: Path, key: str, value: object, room: int) -> Tensor:
             f" {type(value).__name__}. Give the file of an adapter."
         )
     plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+    plain = plain and value.ndim <= MAX_DIMS
     held = value.untyped_storage().nbytes() if plain else 0
     if not plain or value.numel() * value.itemsize > min(held, room):
         _refuse(path, f"{listed([key])} is no plain tensor whose numbers the file holds")

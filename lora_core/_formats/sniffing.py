@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 MAX_NAME = 1024  # characters of a tensor's name
+MAX_DIMS = 16  # of a tensor: torch itself can do little with more than 64
 _LOOKS = (
     (b"version https://git-lfs", "a git-lfs pointer: the file itself was never fetched"),
     (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle, which may hold code"),
