@@ -990,6 +990,17 @@ def test_settings_of_a_text_encoder_mean_it_with_its_wrapper_and_without() -> No
         assert all(key.startswith("text_encoder.text_model.encoder") for key in found.tensors)
 
 
+def test_a_path_that_ends_another_has_its_own_alpha_in_a_text_encoder(tmp_path: Path) -> None:
+    alphas = {"to_q": 1.0, "a.to_q": 3.0, "b.a.to_q": 3.0}
+    layers = {
+        path: layer(alpha=alpha, component="text_encoder", path=path)
+        for path, alpha in alphas.items()
+    }
+    write(adapter(layers), tmp_path / "x.safetensors", "diffusers")
+    found = read(tmp_path / "x.safetensors").layers
+    assert {x.path: x.settings.alpha for x in found.values()} == alphas
+
+
 def test_transposed_weights_are_said_to_be_so_where_all_are() -> None:
     turned, plain = replace(layer(), transposed=True), layer()
     for layers, said in (
