@@ -23,7 +23,7 @@ from lora_core._formats import container, pickles
 from lora_core._formats.showing import shown
 from tests.fuzz.corpus import models, specimens
 from tests.fuzz.law import Fuzzer, LawError, limited, obeys
-from tests.fuzz.mutations import header_of, with_header
+from tests.fuzz.mutations import header_of, laid_out, with_header
 from tests.golden import GOLDEN
 
 ROOT = Path(__file__).parents[1]
@@ -217,6 +217,18 @@ def test_a_header_that_is_built_to_cost_is_refused_at_once(
     parts: dict[str, nn.Module], tmp_path: Path, text: str, said: str
 ) -> None:
     refused(parts, header(tmp_path / "x.safetensors", text), said)
+
+
+@pytest.mark.parametrize("leaf", ["lora_down.weight", "alpha", "diff", "lora_A"])
+def test_a_tensor_of_more_dimensions_than_torch_can_count_is_refused(
+    parts: dict[str, nn.Module], tmp_path: Path, leaf: str
+) -> None:
+    held = [(f"lin_in.{leaf}", "F32", [1] * 70, b"\0\0\x80\x3f")]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(laid_out([], held))
+    refused(parts, path, f"'lin_in.{leaf}' has more than 16 dimensions")
+    file = pickled(tmp_path / "x", {f"lin_in.{leaf}": torch.ones([1] * 17)})
+    refused(parts, file, "is no plain tensor whose numbers the file holds", allow_pickle=True)
 
 
 def test_the_longest_name_that_is_taken() -> None:
