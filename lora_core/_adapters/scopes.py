@@ -13,7 +13,7 @@ from torch import nn
 from lora_core._adapters.listing import layers_with
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Selection, peek, refuse_choice
+from lora_core._layers import LoRAMixin, Selection, peek, refuse_pinned
 
 
 class _Found(NamedTuple):
@@ -174,7 +174,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             f"`disabled` must have the original weights, but {listed(gone)} was merged with"
             " reversible=False. Load the base model again."
         )
-    refuse_choice("disabled", layers.values())
+    refuse_pinned("disabled", layers.values())
     scope = Scope(layers.values(), entered=True, hides=True)
     try:
         with LOCK:

@@ -16,7 +16,7 @@ from lora_core._errors import (
     UnsupportedLayerError,
     listed,
 )
-from lora_core._layers import LoRAMixin, LoRAWeight, Strength, refuse_choice
+from lora_core._layers import LoRAMixin, LoRAWeight, Strength, refuse_pinned
 
 
 class Scales(scopes.Scope, AbstractContextManager["Scales"]):
@@ -143,7 +143,7 @@ def scales(
             f"Strengths must be chosen while unmerged, but {listed(merged)} is merged."
             " Call `unmerge(model)` first, then `scales`, then `merge`."
         )
-    refuse_choice("scales", layers.values())
+    refuse_pinned("scales", layers.values())
     return Scales(layers, checked)
 
 

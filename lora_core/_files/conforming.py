@@ -11,7 +11,7 @@ from lora_core._config import AdapterConfig
 from lora_core._errors import MismatchError
 from lora_core._formats import AdapterLayer
 from lora_core._formats.fitting import fitted
-from lora_core._layers import LoRAMixin, Slot, mixin_for, peek, sizes
+from lora_core._layers import Slot, mixin_of, peek, sizes
 
 
 def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: str) -> AdapterLayer:
@@ -23,7 +23,7 @@ def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: s
     Raises:
         MismatchError: If it doesn't fit the module.
     """
-    mixin = _mixin(module)
+    mixin = mixin_of(module)
     weight = peek(module)
     matrix = weight.T if _is_transposed(module) else weight
     found = fitted(name, found, matrix.shape, mixin.lora_kind, where)
@@ -54,16 +54,10 @@ def joined(name: str, factors: AdapterLayer, addition: AdapterLayer, where: str)
     return replace(factors, config=replace(factors.settings, bias=True), parts=parts)
 
 
-def _mixin(module: nn.Module | Slot) -> type[LoRAMixin]:
-    mixin = mixin_for(module)
-    assert mixin is not None
-    return mixin
-
-
 def _is_transposed(module: nn.Module | Slot) -> bool:
     """Whether a layer of the linear kind stores its matrix (in, out)."""
     weight = peek(module)
-    mixin = _mixin(module)
+    mixin = mixin_of(module)
     return mixin.lora_kind == "linear" and mixin.lora_matrix(weight) is not weight
 
 
@@ -105,7 +99,7 @@ def _as_factors(found: AdapterLayer, module: nn.Module | Slot) -> AdapterLayer:
 
 
 def _factors(weight: Tensor, module: nn.Module | Slot) -> dict[str, Tensor]:
-    mixin = _mixin(module)
+    mixin = mixin_of(module)
     matrix = mixin.lora_matrix(weight)
     size, out = sizes(module)
     identity = torch.eye(min(size, out), dtype=matrix.dtype)
@@ -122,7 +116,7 @@ def _none(module: nn.Module | Slot, like: Tensor | None) -> dict[str, Tensor]:
 
 def _shaped(parts: dict[str, Tensor], module: nn.Module | Slot) -> dict[str, Tensor]:
     """Matrices in the shapes that the module's own factors have."""
-    if _mixin(module).lora_kind != "conv":
+    if mixin_of(module).lora_kind != "conv":
         return parts
     weight = peek(module)
     _, size, *kernel = weight.shape

@@ -8,7 +8,7 @@ from lora_core._errors import CorruptFileError, MismatchError, listed
 from lora_core._files.fingerprint import differing
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._injection import Candidate
-from lora_core._layers import Slot, mixin_for, part_shapes, peek, sizes
+from lora_core._layers import Slot, mixin_of, part_shapes, peek, sizes
 
 
 def resolve(
@@ -107,8 +107,7 @@ def compare_base(
 def _misfit(name: str, candidate: Candidate, layer: AdapterLayer) -> str:
     """How a layer differs from the one that its adapter was made for; "" if it doesn't."""
     module = candidate.module
-    mixin = mixin_for(module)
-    assert mixin is not None
+    mixin = mixin_of(module)
     # a matrix is the same whether it is called or read
     kinds = {"linear", "weight"} if layer.parts["lora_A"].ndim == 2 else {layer.kind}
     if mixin.lora_kind != layer.kind and not {mixin.lora_kind, layer.kind} <= kinds:

@@ -17,7 +17,7 @@ from lora_core._formats import Adapter, AdapterLayer, read
 from lora_core._formats.loralib import Enabled
 from lora_core._injection import Candidate, Graft, graft, modules_of, regraft, walk
 from lora_core._injection.planning import describe
-from lora_core._layers import peek, refuse_choice, reserved, sizes
+from lora_core._layers import peek, refuse_pinned, reserved, sizes
 from lora_core._reports import Report, count
 
 
@@ -133,7 +133,7 @@ def load(
         replaced=replace,
     )
     modules = modules_of(candidates)
-    refuse_choice("load", modules)
+    refuse_pinned("load", modules)
     if replace:
         regraft(modules, name, grafts, strength)
     else:

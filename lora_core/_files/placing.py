@@ -10,7 +10,7 @@ from lora_core._files.conforming import conformed, joined
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.naming import Host, Resolution, resolve
 from lora_core._injection import Candidate, walk
-from lora_core._layers import mixin_for, peek
+from lora_core._layers import mixin_of, peek
 
 
 def chosen(file: Adapter, only: str | None, where: str) -> Adapter:
@@ -77,8 +77,7 @@ def _adaptable(model: nn.Module) -> dict[str, Candidate]:
 def _hosts(candidates: Mapping[str, Candidate]) -> list[Host]:
     found = []
     for name, candidate in candidates.items():
-        mixin = mixin_for(candidate.module)
-        assert mixin is not None
+        mixin = mixin_of(candidate.module)
         found.append(Host(name, mixin.lora_kind, tuple(peek(candidate.module).shape)))
     return found
 

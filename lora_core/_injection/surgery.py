@@ -28,7 +28,7 @@ from lora_core._layers import (
     exchange,
     factor_names,
     fresh_parts,
-    refuse_choice,
+    refuse_pinned,
 )
 from lora_core._reports import EjectReport, Report, count
 
@@ -99,7 +99,7 @@ def inject(
         name=name,
         freeze=freeze,
     )
-    refuse_choice("inject", modules)
+    refuse_pinned("inject", modules)
     covariances = sampled(model, report, chosen, samples)
     seed = int(torch.randint(2**31, (), device="cpu").item())
     generator = torch.Generator("cpu")

@@ -8,19 +8,22 @@ from lora_core._layers.attaching import (
     detach,
     exchange,
     factor_names,
-    fresh_parts,
+    non_finite,
+    reserved,
+)
+from lora_core._layers.calling import BARE, PINS, Pin, at_rest, changing, pin_of, refuse_pinned
+from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from lora_core._layers.drawing import fresh_parts
+from lora_core._layers.embedding import LoRAEmbedding
+from lora_core._layers.explaining import explain
+from lora_core._layers.fitting import (
     layer_config,
     mixin_for,
-    non_finite,
+    mixin_of,
     part_shapes,
-    reserved,
     sizes,
     why_not,
 )
-from lora_core._layers.calling import BARE, PINS, Pin, at_rest, changing, pin_of, refuse_choice
-from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
-from lora_core._layers.embedding import LoRAEmbedding
-from lora_core._layers.explaining import explain
 from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import KINDS, LoRAMixin, adapted_class, refuse_merged, swap
 from lora_core._layers.state import FROZEN, Merged, Selection, Strength
@@ -68,12 +71,13 @@ __all__ = [
     "host_of",
     "layer_config",
     "mixin_for",
+    "mixin_of",
     "non_finite",
     "part_shapes",
     "peek",
     "pin_of",
-    "refuse_choice",
     "refuse_merged",
+    "refuse_pinned",
     "reserved",
     "sizes",
     "slots",

@@ -7,7 +7,9 @@ from torch import nn
 
 from lora_core._config import check_name
 from lora_core._errors import UnsupportedLayerError
-from lora_core._layers.attaching import attach, call_me, fresh_parts, layer_config, why_not
+from lora_core._layers.attaching import attach, call_me
+from lora_core._layers.drawing import fresh_parts
+from lora_core._layers.fitting import layer_config, why_not
 from lora_core._layers.mixin import LoRAMixin
 from lora_core._layers.state import FROZEN
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._config import AdapterConfig
+from lora_core._errors import UnsupportedLayerError
 
 Shape = tuple[int, ...]
 
@@ -39,6 +40,7 @@ class Anatomy(nn.Module):
 
     weight: Tensor
     lora_configs: dict[str, AdapterConfig]
+    lora_slots: dict[str, object]
 
     @classmethod
     def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
@@ -132,13 +134,36 @@ class Anatomy(nn.Module):
         return cut
 
     def lora_reset(self, name: str) -> None:
-        """Fills the factors of an adapter that lost its values: `lora_B` zero, in place."""
+        """Makes an adapter that lost its values a fresh one again, in place.
+
+        Raises:
+            UnsupportedLayerError: If it was made from values of its host, which may be gone too.
+        """
+        config = self.lora_configs[name]
+        if config.dora or config.subtracted or config.init == "eva":
+            what = "DoRA" if config.dora else f"init={config.init!r}"
+            raise UnsupportedLayerError(
+                f"An adapter must keep what it was made from, but {name!r} ({what}) lost it on the"
+                " meta device. Eject it, load the base, and inject or load it then."
+            )
         with torch.no_grad():
             for part, p in self.lora_parts(name).items():
                 p.zero_()
                 if part in ("lora_A", "lora_mid"):
-                    bound = 1 / math.sqrt(self.lora_fan_in(p[0].numel()))
-                    p.uniform_(-bound, bound)
+                    self._lora_fill(p, part, config)
+
+    def _lora_fill(self, p: Tensor, part: str, config: AdapterConfig) -> None:
+        """Draws the first values of a part, but for ranks that are only reserved."""
+        for dim in self.lora_ranks_of(part):
+            p = p.narrow(dim, 0, config.rank)
+        if part == "lora_A" and config.init != "kaiming":
+            for matrix in p.flatten(0, -3) if p.ndim > 2 and self.lora_kind == "weight" else [p]:
+                like = torch.empty(self.lora_sizes(self)[1], matrix[0].numel(), device="meta")
+                drawn, _ = functional.initial_factors(config.init, like, config.rank, config.scale)
+                matrix.copy_(drawn.view(matrix.shape))
+            return
+        bound = 1 / math.sqrt(self.lora_fan_in(p[0].numel()))
+        p.uniform_(-bound, bound)
 
     def lora_probe(self, generator: torch.Generator) -> Tensor:
         """An input on which a host can be tried."""

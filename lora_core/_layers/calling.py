@@ -62,7 +62,7 @@ def pin_of(layer: nn.Module) -> Pin | None:
     return pins.get(layer) or next((BARE for owner in owned if owner in pins), None)
 
 
-def refuse_choice(what: str, modules: Iterable[nn.Module]) -> None:
+def refuse_pinned(what: str, modules: Iterable[nn.Module]) -> None:
     """Raises where the running thread would not see what the function called `what` does."""
     if PINS.blocks and any(module in PINS.blocks[-1] for module in modules):
         raise ConfigError(

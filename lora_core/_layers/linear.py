@@ -8,7 +8,7 @@ from torch.fx import Proxy
 from lora_core import functional
 from lora_core._layers.adopting import Adopting, plain_attributes
 from lora_core._layers.calling import checked, settled
-from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin
+from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin, call_host, has_left
 from lora_core._layers.state import Active
 
 
@@ -63,7 +63,12 @@ class LoRALinear(Adopting, nn.Linear):
             )
             return checked(self, out)
 
-        return settled([self], compute)
+        try:
+            return settled([self], compute)
+        except (AttributeError, KeyError):
+            if not has_left(self):
+                raise
+            return call_host(self, input)
 
 
 def is_fused(active: Active) -> bool:

@@ -58,10 +58,9 @@ class LoRAMixin(Collecting):
                 f" {self.host_class.__name__} is called with a {type(x).__name__}. Eject the"
                 " adapter from this layer."
             )
-        host = super().forward
 
         def compute() -> Tensor:
-            active, base = self.lora_active(x), host(*args, **kwargs)
+            active, base = self.lora_active(x), super(LoRAMixin, self).forward(*args, **kwargs)
             if not isinstance(base, Tensor):
                 raise UnsupportedLayerError(
                     f"An adapted layer's host must return a tensor, but {self.host_class.__name__}"
@@ -69,7 +68,12 @@ class LoRAMixin(Collecting):
                 )
             return self.lora_added(x, base, active)
 
-        return settled([self], compute)
+        try:
+            return settled([self], compute)
+        except (AttributeError, KeyError, TypeError):
+            if not has_left(self):
+                raise
+            return call_host(self, *args, **kwargs)
 
     def lora_added(self, x: Tensor, base: Tensor, active: Active) -> Tensor:
         """The host's output for `x` plus what is active."""
@@ -187,8 +191,9 @@ class LoRAMixin(Collecting):
             return t.to(moved.device, dtype)
 
         super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
-        for name in hollow:  # now with memory, perhaps, but never with values
-            self.lora_reset(name)
+        for name in hollow:  # with memory now, perhaps, but never with values
+            if not self.lora_factors(name)[0].is_meta:
+                self.lora_reset(name)
         self.lora_selection = self.lora_select(self.lora_strengths())
         return self
 
@@ -233,6 +238,17 @@ class LoRAMixin(Collecting):
                 "lora_merged": None,
             }
         return (make, arguments, state, *rest)
+
+
+def has_left(layer: nn.Module) -> bool:
+    """Whether the last adapter of a layer was taken off since its forward began."""
+    return not isinstance(layer, LoRAMixin)
+
+
+def call_host(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of the class that a layer has now."""
+    out: Tensor = type(layer).forward(layer, *args, **kwargs)
+    return out
 
 
 def swap(weight: Tensor, values: Tensor) -> None:

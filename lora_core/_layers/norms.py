@@ -95,6 +95,15 @@ def column_norm_of(
     return _known(layer, f".{name}", _keys(layer, name), gain, norms)
 
 
+def forget(layer: nn.Module, name: str) -> None:
+    """Lets go of an adapter's norms, and with the last of them of the weight's."""
+    held = _KNOWN.get(layer, {})
+    for key in (name, f".{name}"):
+        held.pop(key, None)
+    if held.keys() <= {"", "."}:
+        _KNOWN.pop(layer, None)
+
+
 def length_of(layer: nn.Module, matrix: Tensor) -> Tensor:
     """The rows' norms of the bare matrix."""
 

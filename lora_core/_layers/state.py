@@ -72,6 +72,22 @@ class Change(NamedTuple):
     thread: int | None
 
 
+def bare_state() -> dict[str, object]:
+    """What an adapted layer has of its own, still without an adapter.
+
+    Its adapters' settings by name; what tells each from another of its name that came before or
+    after (one object on all its layers, kept where a file takes its place); what is active; what
+    was merged; and the last change of its values.
+    """
+    return {
+        "lora_configs": {},
+        "lora_slots": {},
+        "lora_selection": NOTHING,
+        "lora_merged": None,
+        "lora_changes": Change(None),
+    }
+
+
 class Update(NamedTuple):
     """A low-rank update as one pair of products.
 

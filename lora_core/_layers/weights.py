@@ -18,6 +18,7 @@ from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.anatomy import Shape
 from lora_core._layers.calling import checked, node_of, settled
 from lora_core._layers.mixin import KINDS, LoRAMixin, swap
+from lora_core._layers.state import bare_state
 from lora_core.kernels.norms import without_autocast
 
 CHILD = "lora_at"  # what the child that carries the factors is called in its owner
@@ -78,6 +79,7 @@ class LoRAWeight(LoRAMixin):
     def __init__(self, slot: Slot) -> None:
         nn.Module.__init__(self)
         self.training = slot.owner.training
+        vars(self).update(bare_state())
         # in a tuple, or it would be a child of its own child
         vars(self)["lora_owner"] = (slot.owner,)
         self.lora_parameter, self.lora_label, self.lora_rows = (
@@ -184,11 +186,12 @@ class LoRAWeight(LoRAMixin):
         child = next(name for name, module in owner._modules.items() if module is self)
         host = host_of(owner)
         reads = tuple(read for read in _reads(owner) if read[1] != child)
-        del owner._modules[child]
-        owner.__class__ = reading_class(host, reads) if reads else host
         if not reads and isinstance(owner, nn.RNNBase):
             names = owner._flat_weights_names
-            vars(owner)["_flat_weights"] = [getattr(owner, name, None) for name in names]
+            vars(owner)["_flat_weights"] = [owner._parameters.get(name) for name in names]
+        # before the child goes: another thread's read that misses it reads again
+        owner.__class__ = reading_class(host, reads) if reads else host
+        del owner._modules[child]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, state, *rest = super().__reduce_ex__(protocol)
@@ -276,7 +279,9 @@ def _reading(parameter: str, children: list[str]) -> property:
         value: Any = nn.Module.__getattr__(self, parameter)
         if isinstance(value, Proxy):
             return _recorded_read(self, parameter, value)  # type: ignore[return-value]
-        layers = [cast(LoRAWeight, self._modules[child]) for child in children]
+        layers = [cast(LoRAWeight, self._modules.get(child)) for child in children]
+        if None in layers:  # another thread took one off
+            return cast(Tensor, getattr(self, parameter))
 
         def compute() -> Tensor:
             read: Tensor = value

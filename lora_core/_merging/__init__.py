@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._adapters import layers_with
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Merged, at_rest, changing, refuse_choice
+from lora_core._layers import LoRAMixin, Merged, at_rest, changing, refuse_pinned
 from lora_core._merging.checking import check_factors, check_merged, read
 from lora_core._merging.probing import is_linear_in_weight, probe
 from lora_core._merging.refusing import refuse_hollow, tied_to_merge, to_merge
@@ -66,7 +66,7 @@ def merge(
         unmerged default x 1 from 1 layers
     """
     layers = to_merge(model)
-    refuse_choice("merge", layers.values())
+    refuse_pinned("merge", layers.values())
     tied = tied_to_merge(model, layers, untie=untie, reversible=reversible)
     refuse_hollow(layers)
     check_factors(layers)

@@ -1,0 +1,94 @@
+"""The tensors of a fresh adapter."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_core import functional
+from lora_core._config import AdapterConfig
+from lora_core._layers.anatomy import Shape, peek
+from lora_core._layers.fitting import mixin_of, part_shapes, wide_dtype
+from lora_core._layers.norms import length_of
+from lora_core._layers.weights import LoRAWeight, Slot
+
+
+def fresh_parts(
+    module: nn.Module | Slot,
+    config: AdapterConfig,
+    generator: torch.Generator | None = None,
+    covariance: Tensor | None = None,
+) -> dict[str, nn.Parameter]:
+    """New tensors for an adapter of one layer, of which a forward adds nothing.
+
+    Drawn on the CPU in float32, so that a seed gives the same bits on every device.
+
+    Args:
+        module: The layer.
+        config: Its settings.
+        generator: What draws.
+        covariance: Of the layer's inputs, where `init` is made from them.
+    """
+    weight = peek(module)
+    wide = wide_dtype(weight)  # a length that is rounded would change a fresh adapter's output
+    shapes = part_shapes(module, config)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        if weight.is_meta:
+            values = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
+        else:
+            values = _values(module, config, shapes, generator, covariance)
+        made = {
+            part: nn.Parameter(
+                value.to(weight.device, wide if part == "lora_magnitude" else config.dtype),
+                requires_grad=not part.endswith("0"),
+            )
+            for part, value in values.items()
+        }
+        for first, part in (("lora_A0", "lora_A"), ("lora_B0", "lora_B")):
+            if first in made:
+                made[first].copy_(made[part])
+    return made
+
+
+def _values(
+    module: nn.Module | Slot,
+    config: AdapterConfig,
+    shapes: Mapping[str, Shape],
+    generator: torch.Generator | None,
+    covariance: Tensor | None,
+) -> dict[str, Tensor]:
+    mixin, weight = mixin_of(module), peek(module)
+    size, out = mixin.lora_sizes(module)  # type: ignore[arg-type]
+    rank, room, batch = config.rank, config.room, shapes["lora_A"][:-2] * (mixin is LoRAWeight)
+    down = size if not config.tucker else shapes["lora_A"][1]
+    by_values = config.subtracted
+    matrix = mixin.lora_matrix(weight) if by_values else torch.empty(out, down, device="meta")
+    matrices = matrix.reshape(-1, *matrix.shape[-2:]) if batch and by_values else [matrix]
+    drawn = [
+        functional.initial_factors(
+            config.init,
+            m,
+            rank,
+            config.scale,
+            generator=generator,
+            covariance=covariance,
+            fan_in=mixin.lora_fan_in(down),
+        )
+        for m in (matrices if by_values else [matrix] * math.prod(batch))
+    ]
+    lora_A, lora_B = torch.zeros(*batch, room, down), torch.zeros(*batch, out, room)
+    lora_A[..., :rank, :] = torch.stack([A for A, _ in drawn]).view(*batch, rank, down)
+    lora_B[..., :rank] = torch.stack([B for _, B in drawn]).view(*batch, out, rank)
+    values = {part: torch.zeros(shape) for part, shape in shapes.items()}
+    values["lora_A"] = lora_A.view(shapes["lora_A"])
+    values["lora_B"] = lora_B.view(shapes["lora_B"])
+    if config.tucker:
+        core = values["lora_mid"][:rank, :rank]
+        bound = 1 / math.sqrt(core[0].numel())
+        core.uniform_(-bound, bound, generator=generator)
+    if config.dora and not config.dora_in:
+        assert isinstance(module, nn.Module)
+        values["lora_magnitude"] = length_of(module, mixin.lora_matrix(weight)).clone()
+    mixin.lora_tidy(module, values)  # type: ignore[arg-type]
+    return values

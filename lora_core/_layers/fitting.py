@@ -1,0 +1,162 @@
+"""Whether a layer can carry an adapter, and what its settings are there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core._config import (
+    AdapterConfig,
+    check_alpha,
+    check_dropout,
+    check_dtype,
+    check_flag,
+    check_init,
+    check_rank,
+)
+from lora_core._errors import ConfigError
+from lora_core._layers.anatomy import Shape, peek
+from lora_core._layers.mixin import KINDS, LoRAMixin, TransposedLoRAMixin
+from lora_core._layers.weights import LoRAWeight, Slot
+
+
+def mixin_for(module: nn.Module | Slot) -> type[LoRAMixin] | None:
+    """The mixin that adapts modules of this kind, None if none does."""
+    if isinstance(module, LoRAMixin):
+        return type(module)
+    if isinstance(module, Slot):
+        return LoRAWeight
+    for kind, mixin in KINDS.items():
+        if isinstance(module, kind):
+            return mixin
+    # transformers' Conv1D, known by its looks so that transformers need not be installed
+    weight = getattr(module, "weight", None)
+    looks = type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
+    return TransposedLoRAMixin if looks and hasattr(module, "nf") else None
+
+
+def mixin_of(module: nn.Module | Slot) -> type[LoRAMixin]:
+    """The mixin that adapts a module of an adaptable kind."""
+    mixin = mixin_for(module)
+    assert mixin is not None
+    return mixin
+
+
+def sizes(module: nn.Module | Slot) -> tuple[int, int]:
+    """``(in, out)`` of the matrix that an adapter of this layer changes."""
+    return mixin_of(module).lora_sizes(module)  # type: ignore[arg-type]
+
+
+def part_shapes(module: nn.Module | Slot, config: AdapterConfig) -> dict[str, Shape]:
+    """The shape of each tensor of an adapter with these settings."""
+    return mixin_of(module).lora_shapes(module, config)  # type: ignore[arg-type]
+
+
+def why_not(module: nn.Module | Slot) -> str:
+    """Why a layer of an adaptable kind can't be adapted, with the repair; "" if it can."""
+    if isinstance(module, Slot):
+        return _why_not_weight(module.weight)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "is lazy and has no shape yet. Run one batch through the model first."
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a TorchScript module, whose class can't change. Adapt it before scripting."
+    if "forward" in vars(module):
+        return (
+            "has a `forward` patched onto the instance (offloading hooks do this), which would"
+            " bypass the adapter. Remove that patch, adapt, and put it back."
+        )
+    if getattr(module, "max_norm", None) is not None:
+        return (
+            "has a `max_norm`, which rewrites rows of its weight in every forward. Renormalise the"
+            " table once, set `max_norm = None`, and adapt it then."
+        )
+    if any(vars(m).get("lora_owner") for m in module._modules.values() if m is not None):
+        return "has an adapter on a parameter of its own. Eject that first, or exclude the layer."
+    weight = getattr(module, "weight", None) if _has_own_forward(module) else peek(module)
+    if _has_own_forward(module) and isinstance(weight, Tensor) and not _is_sharded(weight):
+        return ""  # whatever the weight is stored as, the host's forward knows
+    return _why_not_weight(weight)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a subclass computes its output itself, as layers with 4-bit weights do."""
+    kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
+    host = module.host_class if isinstance(module, LoRAMixin) else type(module)
+    return kind is not None and host.forward is not kind.forward
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return type(weight).__name__ == "DTensor"
+
+
+def _why_not_weight(weight: object) -> str:
+    if isinstance(weight, Tensor) and _is_sharded(weight):
+        return "is sharded already. Adapt the model before `fully_shard` or tensor parallelism."
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return "has a weight that is no floating-point tensor. Exclude it."
+    if weight.dtype.itemsize < 2:
+        return (
+            f"has a weight of {weight.dtype}, which nothing but a cast can take. Cast the layer to"
+            " 16 bits or more, or exclude it."
+        )
+    return ""
+
+
+def layer_config(
+    module: nn.Module | Slot, settings: Mapping[str, Any], where: str = ""
+) -> AdapterConfig:
+    """Checks the settings for one layer and fills in what follows from the layer."""
+    given = dict(settings)
+    rank = check_rank(given.pop("rank"), *sizes(module), where)
+    reserve, alpha = given.pop("reserve_rank", None), given.pop("alpha", None)
+    if reserve is not None:
+        reserve = check_rank(reserve, *sizes(module), where, what="reserve_rank")
+        if reserve < rank:
+            raise ConfigError(
+                f"`reserve_rank` must be at least the rank {rank}, but is {reserve}{where}."
+            )
+    if check_alpha(alpha, rank) == 0:  # a file may hold it: what was saved comes back
+        raise ConfigError(
+            f"`alpha` must not be 0, but is {alpha!r}{where}: the adapter could have no effect and"
+            " no gradient. Use `scales` to turn an adapter off."
+        )
+    wide = wide_dtype(peek(module))
+    config = AdapterConfig(
+        rank=rank,
+        alpha=check_alpha(alpha, rank),
+        dropout=check_dropout(given.pop("dropout", 0.0)),
+        dtype=check_dtype(given.pop("dtype", None)) or wide,
+        rank_dropout=check_dropout(given.pop("rank_dropout", 0.0), "rank_dropout"),
+        module_dropout=check_dropout(given.pop("module_dropout", 0.0), "module_dropout"),
+        init=check_init(given.pop("init", "kaiming")),
+        reserve_rank=reserve,
+        **{what: check_flag(what, value) for what, value in given.items()},
+    )
+    refusal = mixin_of(module).lora_refusal(module, config) or _unreadable(module, config)  # type: ignore[arg-type]
+    if refusal:
+        raise ConfigError(f"A setting must fit its layer, but {refusal}{where}.")
+    return config
+
+
+def _unreadable(module: nn.Module | Slot, config: AdapterConfig) -> str:
+    """Which setting needs values of the weight that can't be read; "" if none."""
+    weight = peek(module)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    if config.dora or config.subtracted:
+        what = "`dora=True`" if config.dora else f"`init={config.init!r}`"
+        if not plain:
+            found = f"a {type(weight).__name__} of {weight.dtype}"
+            return f"{what} needs a weight of plain floating numbers, not {found}"
+        if weight.is_meta:
+            return f"{what} needs the weight's values, which the meta device has none of"
+        if config.subtracted and config.scale <= 0:
+            return f"{what} needs a scale above 0, not {config.scale:g}"
+    return ""
+
+
+def wide_dtype(weight: Tensor) -> torch.dtype:
+    """The type of an adapter over a weight: its own, but float32 at least."""
+    if not weight.is_floating_point():  # quantised
+        return torch.float32
+    return torch.promote_types(weight.dtype, torch.float32)
