@@ -1,6 +1,8 @@
 """A file in the place of an adapter: one moment it is the old one, the next the new one."""
 
+import contextlib
 import re
+import sys
 import threading
 import time
 
@@ -14,6 +16,7 @@ from lora_core import (
     AdapterError,
     ConfigError,
     MergeError,
+    UnsupportedLayerError,
     eject,
     inject,
     load,
@@ -343,3 +346,256 @@ def test_nothing_of_this_compiles_a_compiled_model_again(kind, keywords, trainin
         load(model, files[i], "slot", replace=True)
         torch.testing.assert_close(out(), expected[i])
     assert counter.frame_count == 1
+
+
+# -- what stands around it
+
+
+class Reads(nn.Module):
+    """A layer that is called, and a parameter that is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.w = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return self.l(x) @ self.w
+
+
+def reading(tmp_path, **keywords):
+    """A model of both with an adapter on the layer alone, and a file for both."""
+    torch.manual_seed(0)
+    model = Reads()
+    inject(model, 2, targets=["l", "w"], name="file", rules=keywords.pop("rules", None), **keywords)
+    train_pretend(model, "file")
+    save(model, tmp_path / "both.safetensors")
+    eject(model)
+    inject(model, 2, targets="l", name="slot")
+    train_pretend(model, "slot")
+    return model, tmp_path / "both.safetensors"
+
+
+@pytest.mark.parametrize("around", ["now", "after the block"])
+def test_a_strength_per_sample_does_not_come_to_a_weight_that_all_share(around, tmp_path):
+    model, path = reading(tmp_path)
+    x = torch.randn(4, 8)
+    per_sample = scales(model, slot=torch.linspace(0, 1, 4))
+    y = model(x)
+    said = "^A strength per sample must go to layers that see samples, but 'slot' has one, and the"
+    if around == "now":
+        with pytest.raises(UnsupportedLayerError, match=said):
+            load(model, path, "slot", replace=True)
+        assert torch.equal(model(x), y)
+        load(model, path, "slot", scale=0.5, replace=True)  # one number for all
+    else:
+        with (
+            scales(model, slot=1.0),
+            pytest.raises(UnsupportedLayerError, match=said),
+        ):
+            load(model, path, "slot", replace=True)
+        assert torch.equal(model(x), y)
+    assert per_sample.strengths
+
+
+@pytest.mark.parametrize("block", ["disabled", "scales", "both"])
+def test_layers_that_come_in_a_block_have_the_outer_strength_after_it(block, tmp_path):
+    model, path = reading(tmp_path)
+    inject(model, 1, targets="l", name="other")
+    scales(model, slot=0.25)
+    with contextlib.ExitStack() as blocks:
+        if block != "scales":
+            blocks.enter_context(lora_core.disabled(model))
+        if block != "disabled":
+            blocks.enter_context(scales(model, other=1.0))
+        load(model, path, "slot", replace=True)
+    assert model.l.lora_strengths() == {"slot": 0.25}
+    assert model.lora_at_w.lora_strengths() == {"slot": 0.25}
+
+
+def trains(model, name):
+    return {
+        n.rpartition(".")[2]
+        for n, p in model.named_parameters()
+        if n.endswith(f"_{name}") and p.requires_grad
+    }
+
+
+def test_a_trainable_block_around_it_ends_as_it_began(tmp_path):
+    model, path = reading(tmp_path, rules={"l": {"dora": True, "bias": True}})
+    inject(model, 1, targets="l", name="other", freeze=False)
+    trainable(model, "other")
+    with trainable(model, "slot"):  # frozen before
+        load(model, path, "slot", replace=True)
+        assert len(trains(model, "slot")) == 4
+    assert not trains(model, "slot")
+    trainable(model, "slot")
+    with trainable(model, "other"):  # it trained before
+        load(model, path, "slot", replace=True)
+        assert not trains(model, "slot")
+    assert len(trains(model, "slot")) == 4
+    assert sum(p.requires_grad for n, p in model.named_parameters() if "_slot" in n) == 6
+
+
+def test_what_a_later_adapter_froze_it_gives_back_of_the_new_one(tmp_path):
+    model, path = reading(tmp_path, rules={"l": {"dora": True, "bias": True}})
+    inject(model, 1, targets="l", name="later")  # freezes what is there
+    assert not trains(model, "slot")
+    load(model, path, "slot", replace=True)
+    assert not trains(model, "slot")
+    eject(model, "later")
+    assert sum(p.requires_grad for n, p in model.named_parameters() if "_slot" in n) == 6
+    eject(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_layers_come_and_go_beside_calls_in_other_threads(tmp_path):
+    torch.manual_seed(0)
+
+    def build():
+        torch.manual_seed(0)
+        return nn.ModuleDict(
+            {
+                "a": nn.Linear(8, 8),
+                "e": nn.Conv1d(8, 8, 1),
+                "r": nn.GRU(8, 8, batch_first=True),
+                "m": nn.MultiheadAttention(8, 2, batch_first=True),
+            }
+        )
+
+    def call(model, x):
+        x = model["e"](model["a"](x).mT).mT
+        x = model["r"](x)[0]
+        return model["m"](x, x, x, need_weights=False)[0]
+
+    model, x = build(), torch.randn(2, 3, 8)
+    files = [tmp_path / "one.safetensors", tmp_path / "all.safetensors"]
+    for path, targets in zip(
+        files, (["a"], ["a", "e", "r.weight_hh_l0", "m.q_proj_weight", "m.out_proj"]), strict=True
+    ):
+        inject(model, 2, targets=targets, name="slot")
+        train_pretend(model, "slot")
+        save(model, path)
+        eject(model)
+    load(model, files[0])
+    errors, calls, stop = [], [0], threading.Event()
+
+    def watch():
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    assert call(model, x).isfinite().all()
+                    calls[0] += 1
+                except BaseException as error:
+                    errors.append(repr(error))
+
+    threads = [threading.Thread(target=watch) for _ in range(2)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    for t in threads:
+        t.start()
+    try:
+        for i in range(60):
+            load(model, files[i % 2], "slot", replace=True)
+            if i % 10 == 9:
+                eject(model)
+                load(model, files[i % 2])
+    finally:
+        stop.set()
+        for t in threads:
+            t.join()
+        sys.setswitchinterval(before)
+    assert not errors, errors[:3]
+    assert calls[0] > 20
+
+
+def test_an_adapter_that_left_leaves_no_norms_behind():
+    from lora_core._layers import norms
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in ("x", "y"):
+        inject(model, 2, targets="0", name=name, dora=True)
+        model(torch.randn(2, 8))
+        assert name in norms._KNOWN[model[0]]
+    eject(model, "x")
+    assert "x" not in norms._KNOWN[model[0]]
+    eject(model)
+    assert model[0] not in norms._KNOWN
+
+
+def test_reserved_ranks_stay_empty_on_the_way_through_the_meta_device(tmp_path):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(1, 4, 3))
+    inject(model, 2, targets="*", rules={"1": {"tucker": False}}, reserve_rank=4)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.normal_()
+    optimizer = torch.optim.SGD(parameters(model), 0.1, weight_decay=0.1)
+    x = torch.randn(3, 1, 8, 8)
+    for _ in range(3):
+        model[1](model[0](x)).square().mean().backward()
+        optimizer.step()
+    y = model(x)
+    save(model, tmp_path / "a.safetensors")
+    eject(model)
+    load(model, tmp_path / "a.safetensors")
+    torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("keywords", [{"dora": True}, {"init": "pissa"}], ids=str)
+def test_what_was_made_from_values_can_not_be_emptied(keywords):
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject(model, 2, targets="0", **keywords)
+    model.to("meta")
+    with pytest.raises(UnsupportedLayerError, match="^An adapter must keep what it was made from"):
+        model.to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "gaussian", "kaiming"])
+def test_an_emptied_adapter_is_drawn_as_it_was_asked_to_be(init):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64))
+    inject(model, 8, targets="0", init=init)
+    model.to_empty(device="cpu")
+    A, B = (p.detach() for p in parameters(model))
+    assert not B.any()
+    if init == "orthogonal":
+        torch.testing.assert_close(A @ A.T, torch.eye(8), atol=1e-5, rtol=0)
+    elif init == "gaussian":
+        assert 0.1 < A.std() < 0.15
+    else:
+        assert A.abs().max() <= 1 / 8
+
+
+def test_numbers_in_reserved_ranks_are_not_dropped_in_silence(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject(model, 2, targets="0", reserve_rank=4)
+    with torch.no_grad():
+        model[0].lora_B_default.fill_(1.0)
+    save(model, tmp_path / "a.safetensors")  # with zeros in lora_A they add nothing
+    with torch.no_grad():
+        model[0].lora_A_default.fill_(1.0)
+    said = "^Ranks that are only reserved must stay zero to be saved, but those of 'lora_A', 'lora_"
+    with pytest.raises(ConfigError, match=said):
+        save(model, tmp_path / "a.safetensors")
+
+
+def test_a_reserve_must_fit_the_layer_as_a_rank_must(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 8, 3))
+    inject(model, 2, targets="0", tucker=True, name="file")
+    save(model, tmp_path / "a.safetensors")
+    eject(model)
+    with pytest.raises(ConfigError, match="needs a rank of at most the 2 channels .* not 4 at '0'"):
+        load(model, tmp_path / "a.safetensors", reserve_rank=4)
+    load(model, tmp_path / "a.safetensors")
+
+
+def test_samples_that_want_only_the_base_get_it():
+    model, x = chain()
+    y = model(x)
+    inject(model, 2, targets=["0", "2"])
+    train_pretend(model, "default")
+    with scales(model, [None, None, None]):
+        assert torch.equal(model(x), y)
+    assert not torch.equal(model(x), y)

@@ -13,7 +13,7 @@ from torch import nn
 from lora_core._adapters.listing import layers_with
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Selection, peek, refuse_pinned
+from lora_core._layers import LoRAMixin, Selection, Strength, peek, refuse_pinned
 
 
 class _Found(NamedTuple):
@@ -21,13 +21,14 @@ class _Found(NamedTuple):
 
     Attributes:
         selection: What was selected.
-        adapters: The adapters there were, known by their settings' identity: one that left and
-            another that came under its name are two.
+        configs: The settings that it was made for.
+        slots: The adapters there were: one that left and another that came under its name are two.
         hides: Whether the scope needs merged values hidden.
     """
 
     selection: Selection
-    adapters: Mapping[str, AdapterConfig]
+    configs: Mapping[str, AdapterConfig]
+    slots: Mapping[str, object]
     hides: bool
 
 
@@ -47,7 +48,7 @@ class Scope:
         with LOCK:
             for layer in layers:
                 hidden = hides and layer.lora_merged is not None
-                found = _Found(layer.lora_selection, dict(layer.lora_configs), hidden)
+                found = _Found(layer.lora_selection, layer.lora_configs, layer.lora_slots, hidden)
                 others = _scopes(layer)
                 self._found[layer] = found
                 SCOPES[layer] = [weakref.ref(scope) for scope in [*others, self]]
@@ -112,29 +113,44 @@ def _restored(layer: LoRAMixin, found: _Found, now: Selection) -> Selection:
 
     Adapters that came in the meantime stay as active as they are `now`.
     """
-    names, strengths, gains, bank = found.selection
-    here = {n for n, c in layer.lora_configs.items() if found.adapters.get(n) is c}
+    names, strengths, gains, _ = found.selection
+    here = {n for n, slot in layer.lora_slots.items() if found.slots.get(n) is slot}
     new = {name: s for name, s in zip(*now[:2], strict=True) if name not in here}
     weight = peek(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
     fit = all((g.value.device, g.value.dtype) == (weight.device, wide) for g in gains)  # type: ignore[union-attr]
-    whole = list(found.adapters) == list(layer.lora_configs) and len(here) == len(bank)
-    if not new and fit and whole and here.issuperset(names):
+    if not new and fit and found.configs is layer.lora_configs:
         return found.selection
     old = {name: s for name, s in zip(names, strengths, strict=True) if name in here}
     return layer.lora_select({**old, **new})
 
 
-def pass_on(layer: LoRAMixin, name: str, old: AdapterConfig) -> None:
-    """Lets the scopes over a layer take an adapter for the one whose place it took."""
-    for scope in _scopes(layer):
-        found = scope._found[layer]
-        if found.adapters.get(name) is old:
-            adapters = {**found.adapters, name: layer.lora_configs[name]}
-            names, strengths, _, _ = found.selection
-            here = {n: s for n, s in zip(names, strengths, strict=True) if n in layer.lora_configs}
-            selection = layer.lora_select(here)
-            scope._found[layer] = found._replace(selection=selection, adapters=adapters)
+def join(layer: LoRAMixin, name: str, like: LoRAMixin) -> None:
+    """Lets the blocks over `like` restore an adapter's strength on a layer that has it new, too."""
+    for scope in _scopes(like):
+        theirs = scope._found[like]
+        if theirs.slots.get(name) is not layer.lora_slots[name]:
+            continue
+        strengths = dict(zip(*theirs.selection[:2], strict=True))
+        mine = scope._found.get(layer)
+        if mine is None:
+            mine = _Found(layer.lora_select({}), layer.lora_configs, {}, hides=False)
+            SCOPES.setdefault(layer, []).append(weakref.ref(scope))
+        before = dict(zip(*mine.selection[:2], strict=True))
+        wanted = before | ({name: strengths[name]} if name in strengths else {})
+        scope._found[layer] = mine._replace(
+            selection=layer.lora_select(wanted),
+            configs=layer.lora_configs,
+            slots={**mine.slots, name: layer.lora_slots[name]},
+        )
+
+
+def strengths_over(layer: LoRAMixin, name: str) -> list[Strength]:
+    """The strengths that an adapter of a layer will have when a block ends."""
+    chosen = [
+        dict(zip(*scope._found[layer].selection[:2], strict=True)) for scope in _scopes(layer)
+    ]
+    return [strengths[name] for strengths in chosen if name in strengths]
 
 
 def _hide(layer: LoRAMixin) -> None:

@@ -130,7 +130,7 @@ def scales(
             )
         asked = _by_adapter(samples)
     check_known("scales", asked, known)
-    if not asked:
+    if not asked and samples is None:
         raise ConfigError(
             "`scales` must be given a strength for an adapter, but got none."
             f" Write `scales(model, {known[0]}=1.0)`, or use `disabled(model)`."

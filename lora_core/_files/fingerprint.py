@@ -20,9 +20,9 @@ def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
     values = [value for row in samples(weights) for value in row]
     # quantised weights have no precision to compare by, and no values are read of them
     plain = [weight for weight in weights if weight.is_floating_point()]
-    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in plain} or {"float32"}
+    dtypes = {weight.dtype for weight in plain} or {torch.float32}
     return {
-        "dtype": sorted(dtypes, key=lambda name: -_eps(name))[0],
+        "dtype": sorted(map(_name_of, dtypes), key=lambda name: -_eps(name))[0],
         "samples": base64.b64encode(struct.pack(f"<{len(values)}d", *values)).decode(),
     }
 
@@ -48,10 +48,13 @@ def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | Slot | N
         for i, name in enumerate(sorted(layers))
         if (module := layers[name]) is not None and _is_stored(module)
     }
+    # the same for thousands of layers
+    dtypes = {weight.dtype for _, weight in weights.values()}
+    own = {d: _eps(_name_of(d)) if d.is_floating_point else eps for d in dtypes}
     found = []
     rows = samples([weight for _, weight in weights.values()])
     for (i, (name, weight)), row in zip(weights.items(), rows, strict=True):
-        mine = _eps(str(weight.dtype).removeprefix("torch.")) if weight.is_floating_point() else eps
+        mine = own[weight.dtype]
         tolerance = 0.0 if mine == eps else 2 * max(mine, eps)
         theirs = stored[i * _SAMPLES : (i + 1) * _SAMPLES]
         for a, b in zip(theirs, row, strict=True):
@@ -77,7 +80,7 @@ def original(module: nn.Module | Slot) -> Tensor:
 
 def samples(weights: Sequence[Tensor]) -> list[list[float]]:
     """Evenly spaced values of each weight; not-a-number where none can be read."""
-    rows = [[float("nan")] * _SAMPLES for _ in weights]
+    rows = [[float("nan")] * _SAMPLES] * len(weights)  # each is replaced, none changed
     where: dict[tuple[int, torch.device], Tensor] = {}
     picked: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
     with torch.no_grad():
@@ -97,6 +100,10 @@ def samples(weights: Sequence[Tensor]) -> list[list[float]]:
         for i, row in zip(group, fetched, strict=True):
             rows[i] = row
     return rows
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _eps(dtype: str) -> float:

@@ -17,7 +17,7 @@ from lora_core._formats import Adapter, AdapterLayer, read
 from lora_core._formats.loralib import Enabled
 from lora_core._injection import Candidate, Graft, graft, modules_of, regraft, walk
 from lora_core._injection.planning import describe
-from lora_core._layers import peek, refuse_pinned, reserved, sizes
+from lora_core._layers import mixin_of, peek, refuse_pinned, reserved, sizes
 from lora_core._reports import Report, count
 
 
@@ -175,6 +175,9 @@ def _room(
 def _graft(candidate: Candidate, layer: AdapterLayer, room: int | None) -> Graft:
     weight = peek(candidate.module)
     config = dataclasses.replace(layer.settings, reserve_rank=room)
+    refusal = room and mixin_of(candidate.module).lora_refusal(candidate.module, config)  # type: ignore[arg-type]
+    if refusal:
+        raise ConfigError(f"A setting must fit its layer, but {refusal} at {candidate.name!r}.")
     with torch.inference_mode(mode=False):
         parts = {
             # what was read in inference mode could never be trained

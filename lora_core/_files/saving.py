@@ -155,13 +155,29 @@ def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, 
             if parts[part].shape != shape:
                 has = tuple(parts[part].shape)
                 odd.append(f"{n}.{part} {has} (rank {config.rank} has {shape})")
-        held[n] = parts if config.room == config.rank or odd else layer.lora_stored(name)
+        held[n] = parts
     if odd:
         raise ConfigError(
             f"An adapter must have the shapes of its settings to be saved, but has {listed(odd)}."
             " Inject one of that rank instead of replacing tensors."
         )
+    for n, layer in layers.items():
+        if layer.lora_configs[name].room > layer.lora_configs[name].rank:
+            held[n] = _cut(n, held[n], layer.lora_stored(name))
     return held
+
+
+def _cut(
+    name: str, whole: Mapping[str, Tensor], used: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """The tensors without ranks that are only reserved; refuses where those hold numbers."""
+    lost = [p for p, t in used.items() if int(whole[p].count_nonzero()) > int(t.count_nonzero())]
+    if "lora_B" in lost and len(lost) > 1:  # one of two alone adds nothing
+        raise ConfigError(
+            f"Ranks that are only reserved must stay zero to be saved, but those of {listed(lost)}"
+            f" at {name!r} hold numbers. Inject an adapter of that rank instead."
+        )
+    return used
 
 
 def _plain(name: str, layer: AdapterLayer) -> AdapterLayer:

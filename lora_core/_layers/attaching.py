@@ -46,7 +46,7 @@ def attach(
     parts: Mapping[str, nn.Parameter],
     strength: Strength | None = 1.0,
     slot: object = None,
-) -> None:
+) -> LoRAMixin:
     """Puts one adapter on a layer, in place; active beside those that are, but for None.
 
     Args:
@@ -56,6 +56,9 @@ def attach(
         parts: Its tensors.
         strength: How strongly it is active; None for not at all.
         slot: What tells it from another of its name, on all its layers; None makes one.
+
+    Returns:
+        The layer as it is now.
     """
     if isinstance(module, Slot):
         layer: LoRAMixin = module.occupy()
@@ -77,6 +80,7 @@ def attach(
         lora_slots=slots,
         lora_selection=layer.lora_select(chosen, configs),
     )
+    return layer
 
 
 def exchange(

@@ -1,13 +1,13 @@
 """Choosing which adapters train, apart from which are active."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
-from lora_core._adapters import adapter_names, check_known, layers_with
+from lora_core._adapters import adapted_layers, adapter_names, check_known, layers_with
 from lora_core._errors import ConfigError, listed
 from lora_core._layers import FROZEN, LoRAMixin
 from lora_core._reports import count
@@ -21,12 +21,14 @@ class _Found(NamedTuple):
         flag: Whether it required a gradient.
         grad: Its gradient.
         holders: The adapters that keep it frozen, and what each of them found.
+        slot: Which adapter it is of; another of its name has another.
     """
 
     parameter: nn.Parameter
     flag: bool
     grad: Tensor | None
     holders: dict[str, bool]
+    slot: object
 
 
 class Trainable(AbstractContextManager["Trainable"]):
@@ -38,7 +40,9 @@ class Trainable(AbstractContextManager["Trainable"]):
         parameters: Numbers in the factors that train now.
     """
 
-    def __init__(self, layers: Mapping[str, LoRAMixin], names: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, LoRAMixin], names: Sequence[str]
+    ) -> None:
         self.adapters = tuple(dict.fromkeys(names))
         self.frozen = tuple(n for n in adapter_names(layers) if n not in names)
         chosen = [
@@ -49,7 +53,7 @@ class Trainable(AbstractContextManager["Trainable"]):
             for p in m.lora_trained_parts(n).values()
         ]
         self.parameters = count(list(dict.fromkeys(chosen)))
-        self._over = False
+        self._over, self._model = False, model
         self._found = {layer: _look(layer) for layer in layers.values()}
 
     def __repr__(self) -> str:
@@ -71,8 +75,11 @@ class Trainable(AbstractContextManager["Trainable"]):
         trace: TracebackType | None,
     ) -> None:
         self._over = True
-        for layer, factors in self._found.items():
-            _put_back(layer, factors)
+        usual = _usual(found for factors in self._found.values() for found in factors.values())
+        # layers may have come since, with a file in an adapter's place
+        for layer in {**self._found, **dict.fromkeys(adapted_layers(self._model).values())}:
+            if isinstance(layer, LoRAMixin):
+                _put_back(layer, self._found.get(layer, {}), usual)
         self._found = {}
 
 
@@ -114,7 +121,7 @@ def trainable(model: nn.Module, *names: str) -> Trainable:
             f" Write `trainable(model, {known[0]!r})`; where none is to train, use"
             " `model.requires_grad_(False)`."
         )
-    receipt = Trainable(layers, names)
+    receipt = Trainable(model, layers, names)
     try:
         for layer in layers.values():
             _choose(layer, names)
@@ -140,9 +147,25 @@ def _look(layer: LoRAMixin) -> dict[str, _Found]:
     """What stands on a layer, by the names of its factors."""
     record = _record(layer)
     return {
-        key: _Found(p, p.requires_grad, p.grad, {n: f[key] for n, f in record.items() if key in f})
-        for _, key, p in _trained(layer)
+        key: _Found(
+            p,
+            p.requires_grad,
+            p.grad,
+            {n: f[key] for n, f in record.items() if key in f},
+            layer.lora_slots[adapter],
+        )
+        for adapter, key, p in _trained(layer)
     }
+
+
+def _usual(found: Iterable[_Found]) -> dict[object, _Found]:
+    """By adapter what its factors had in common: what one that came since would have had."""
+    usual: dict[object, _Found] = {}
+    for one in found:
+        seen = usual.get(one.slot, one)
+        holders = {n: one.holders.get(n, f) or f for n, f in seen.holders.items()}
+        usual[one.slot] = seen._replace(flag=seen.flag or one.flag, grad=None, holders=holders)
+    return usual
 
 
 def _choose(layer: LoRAMixin, names: Sequence[str]) -> None:
@@ -157,12 +180,18 @@ def _choose(layer: LoRAMixin, names: Sequence[str]) -> None:
         vars(layer)[FROZEN] = record
 
 
-def _put_back(layer: LoRAMixin, factors: Mapping[str, _Found]) -> None:
+def _put_back(
+    layer: LoRAMixin, factors: Mapping[str, _Found], usual: Mapping[object, _Found]
+) -> None:
     """Makes flags and records what they would be had the choice never been made."""
     record = _record(layer)
-    for key, was in factors.items():
-        if layer._parameters.get(key) is not was.parameter:
-            continue  # its adapter left in the meantime
+    for adapter, key, p in _trained(layer):
+        slot = layer.lora_slots[adapter]
+        was = factors.get(key)
+        if was is None or was.slot is not slot:
+            was = usual.get(slot)
+        if was is None:
+            continue  # its adapter came in the meantime
         trained = False
         for name, flag in was.holders.items():
             trained = trained or flag
@@ -172,7 +201,7 @@ def _put_back(layer: LoRAMixin, factors: Mapping[str, _Found]) -> None:
         trained = trained or was.flag
         newcomer = next((n for n, f in record.items() if key in f and n not in was.holders), None)
         if newcomer is None:
-            _set(was.parameter, trained, was.grad)
+            _set(p, trained, was.grad if p is was.parameter else None)
         else:
             record[newcomer][key] = trained
     if record:
