@@ -3,7 +3,6 @@
 import math
 import numbers
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -117,10 +116,11 @@ def check_alpha(alpha: object, rank: int) -> float:
 
 def check_finite(what: str, value: object) -> float:
     """Returns `value` as a float if it is a finite real number."""
-    number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with suppress(OverflowError):  # of an int beyond every float
-            number = float(value)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        number = float(value) if real else math.nan  # type: ignore[arg-type]
+    except OverflowError:  # of an int beyond every float
+        number = math.nan
     if not math.isfinite(number):
         raise ConfigError(f"`{what}` must be a finite number, but is {value!r}.")
     return number

@@ -4,7 +4,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ _MAX_TENSORS = 65_536
 _MAX_NESTED = 5 * _MAX_TENSORS  # lists and objects in JSON: each costs more than its text
 # what torch says to a dtype that it lacks, or to an empty tensor of sizes beyond all memory
 _UNBUILDABLE = (ValueError, KeyError, OverflowError, TypeError, RuntimeError)
+_SAID: dict[str, Any] = {}  # stands for what a header says of a tensor, which torch reads itself
 _PADDING = 64  # bytes of spaces before a header's brace that are passed over
 # in the order in which safetensors lays them out: the widest first, so that all are aligned
 _KINDS = {
@@ -43,7 +44,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     """
     path = Path(path)
     data = content(path)
-    header = _header(data, path)
+    metadata = _header(data, path).get("__metadata__") or {}
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, *_UNBUILDABLE) as error:
@@ -51,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     deep = [key for key, t in tensors.items() if t.ndim > MAX_DIMS]
     if deep:
         _refuse(path, f"{listed(deep)} has more than {MAX_DIMS} dimensions")
-    return tensors, header.get("__metadata__") or {}
+    return tensors, metadata
 
 
 def keys(path: Path) -> list[str]:
@@ -147,17 +148,32 @@ def write(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
         file.write(data)
 
 
-def strict_json(text: str | bytes) -> Any:
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, no key twice."""
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _name_alone(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The same, without what a header says of a tensor: thousands of lists cost the collector."""
+    found = _once(items)
+    return _SAID if isinstance(found.get("data_offsets"), list) else found
+
+
+def strict_json(
+    text: str | bytes, make: Callable[[list[tuple[str, Any]]], dict[str, Any]] = _once
+) -> Any:
     """`json.loads` that refuses duplicate keys, NaN, infinities and bottomless nesting.
+
+    Args:
+        text: What to read.
+        make: What makes an object of its keys and values.
 
     Raises:
         ValueError: If the text is any of that, or no JSON.
     """
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in items}) < len(items):
-            raise ValueError("a key stands twice")
-        return dict(items)
 
     def constant(value: str) -> NoReturn:
         raise ValueError(f"{value} is no JSON number")
@@ -166,7 +182,7 @@ def strict_json(text: str | bytes) -> Any:
     if raw.count(b"[") + raw.count(b"{") > _MAX_NESTED:
         raise ValueError(f"it has more than {_MAX_NESTED:,} lists and objects")
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=make, parse_constant=constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -179,7 +195,7 @@ def _header(data: bytes, path: Path) -> dict[str, Any]:
     if size > _MAX_HEADER:
         _refuse(path, f"its header has {size:,} bytes, over the limit of {_MAX_HEADER:,}")
     try:
-        header = strict_json(data[8 : 8 + size])
+        header = strict_json(data[8 : 8 + size], _name_alone)
     except ValueError as error:
         _refuse(path, f"its header is not valid: {error}")
     if not isinstance(header, dict) or len(header) > _MAX_TENSORS:

@@ -19,7 +19,6 @@ that this reader doesn't know is refused: it may change what the tensors mean.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,9 +58,10 @@ def encode(file: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         for part, tensor in layer.parts.items():
             tensors[_key(name, part)] = tensor
         settings = (layer.kind, layer.config, layer.aliases)
-        if settings not in alike:
-            alike[settings] = _entry(name, layer)
-        layers[name] = alike[settings]
+        entry = alike.get(settings)
+        if entry is None:
+            entry = alike[settings] = _entry(name, layer)
+        layers[name] = entry
     about = {"version": _VERSION, "adapter": file.name, "layers": layers, "base": file.base}
     text = json.dumps(about, separators=(",", ":"), sort_keys=True)
     return tensors, {**file.metadata, "format": "pt", "lora_core": text}
@@ -136,19 +136,21 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     alpha, rank = entry["alpha"], entry["rank"]
     if alpha is None:
         raise ValueError(f"{listed([name])} has no alpha, which sets the scale. Save it again.")
+    first = tensors.get(_key(name, "lora_A"))
     # a rank is checked against the tensors, and any number of them against the layer
     config = AdapterConfig(
         rank=rank,
         alpha=check_alpha(alpha, 1),
-        dtype=torch.float32,
+        dtype=torch.float32 if first is None else first.dtype,
         init=check_init(entry.get("init", "kaiming")),
         **{key: check_dropout(entry.get(key, 0.0), key) for key in _DROPOUTS},  # type: ignore[arg-type]
-        **{key: check_flag(key, entry.get(key, False)) for key in _FLAGS},
+        **{key: check_flag(key, entry[key]) for key in _FLAGS if key in entry},
     )
-    missing = [k for part in config.parts if (k := _key(name, part)) not in tensors]
+    keys = {part: _key(name, part) for part in config.parts}
+    missing = [key for key in keys.values() if key not in tensors]
     if missing:
         raise ValueError(f"{listed(missing)} is missing. Save it again.")
-    parts = {part: tensors[_key(name, part)] for part in config.parts}
+    parts = {part: tensors[key] for part, key in keys.items()}
     lora_A, lora_B = parts["lora_A"], parts["lora_B"]
     for part, factor in parts.items():
         flat = part in ("lora_magnitude", "lora_in_magnitude", "lora_bias")
@@ -176,15 +178,15 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise ValueError(
             f"the aliases of {listed([name])} are {aliases!a}; a list of names is needed"
         )
-    return AdapterLayer(kind, replace(config, dtype=lora_A.dtype), parts, tuple(aliases))
+    return AdapterLayer(kind, config, parts, tuple(aliases))
 
 
 def _check_keys(what: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:
-    unknown = sorted(set(entry) - set(known))
+    unknown = set(entry).difference(known)
     if unknown:
         raise ValueError(
-            f"{what} has the unknown keys {listed(unknown)}; this reader knows {listed(known)}."
-            " Read it with the lora_core that wrote it."
+            f"{what} has the unknown keys {listed(sorted(unknown))}; this reader knows"
+            f" {listed(known)}. Read it with the lora_core that wrote it."
         )
 
 

@@ -1,6 +1,6 @@
 """The pure half of injection: from a model and the user's wishes to a list of layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -171,12 +171,12 @@ def describe(
         for c, config in zip(chosen, configs, strict=True)
     )
     added = sum(layer.parameters for layer in layers)
-    before = list(
-        {p: None for m in modules_of(candidates) for p in m._parameters.values() if p is not None}
-    )
-    still = sum(layer.parameters - layer.trainable for layer in layers)
+    trainable = sum(layer.trainable for layer in layers)
+    # by their ids: a tensor's own hash is a call each
+    every = (p for m in modules_of(candidates) for p in m._parameters.values() if p is not None)
+    before = list({id(p): p for p in every}.values())
     training = 0 if freeze else count([p for p in before if p.requires_grad])
-    return Report(name, layers, left_out, training + added - still, count(before) + added, notes)
+    return Report(name, layers, left_out, training + trainable, count(before) + added, notes)
 
 
 def check_room(
@@ -201,15 +201,16 @@ def check_room(
             f" {listed(known) or 'none'}. Load without replace=True to add one."
         )
     places = {id(c): c for c in (*chosen, *holders)}
-    merged = [c.name for c in places.values() if getattr(c.module, "lora_merged", None) is not None]
+    merged = [c.name for c in places.values() if vars(c.module).get("lora_merged") is not None]
     if merged:
         raise MergeError(
             f"A layer must be unmerged to take an adapter, but {listed(merged)} is merged."
             " Call `unmerge(model)` first."
         )
-    staying = {id(c) for c in chosen} | {id(c) for c in candidates if set(_adapters(c)) - {name}}
-    _refuse_overlap([c for c in candidates if id(c) in staying], chosen)
-    fresh = [c for c in chosen if name not in _adapters(c)]
+    picked, read = {id(c) for c in chosen}, [c for c in candidates if _is_read(c)]
+    _refuse_overlap([c for c in read if id(c) in picked or set(_adapters(c)) - {name}], chosen)
+    names = {*OWN, *factor_names([name])}
+    fresh = _doubtful([c for c in chosen if name not in _adapters(c)], names)
     for new in OWN:
         clash = [
             c.name for c in fresh if not isinstance(c.module, LoRAMixin) and hasattr(c.module, new)
@@ -230,6 +231,30 @@ def check_room(
         )
 
 
+def _doubtful(candidates: Sequence[Candidate], names: Set[str]) -> list[Candidate]:
+    """Those that may have one of these attributes: a look-up that fails takes long on a module."""
+    kinds = {type(c.module) for c in candidates}
+    odd = {
+        kind
+        for kind in kinds
+        if kind.__getattribute__ is not object.__getattribute__
+        or getattr(kind, "__getattr__", None) is not nn.Module.__getattr__
+        or any(hasattr(kind, name) for name in names)
+    }
+    return [c for c in candidates if type(c.module) in odd or not _is_free(c.module, names)]
+
+
+def _is_free(module: nn.Module | Slot, names: Set[str]) -> bool:
+    """Whether none of these names is found on an object, its class aside."""
+    own = vars(module)
+    places = (own, own["_parameters"], own["_buffers"], own["_modules"])
+    return all(names.isdisjoint(place) for place in places)
+
+
+def _is_read(candidate: Candidate) -> bool:
+    return isinstance(candidate.module, LoRAWeight)
+
+
 def _adapters(candidate: Candidate) -> Mapping[str, AdapterConfig]:
     """The adapters that are there."""
     found: Mapping[str, AdapterConfig] = vars(candidate.module).get("lora_configs", {})
@@ -239,7 +264,7 @@ def _adapters(candidate: Candidate) -> Mapping[str, AdapterConfig]:
 def _refuse_overlap(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> None:
     """Refuses adapters on a whole parameter and on some of its rows: neither could be merged."""
     rows: dict[tuple[nn.Module, str], dict[bool, str]] = {}
-    for c in [c for c in candidates if isinstance(c.module, LoRAWeight)] + list(chosen):
+    for c in (*candidates, *chosen):
         if isinstance(c.module, LoRAWeight):
             place, part = (c.module.owner, c.module.lora_parameter), c.module.lora_rows
         elif isinstance(c.module, Slot):

@@ -10,12 +10,23 @@ from torch import nn
 
 from lora_core._adapters import clean
 from lora_core._injection.targets.dialects import LAST_NAMES
-from lora_core._layers import CHILD, PROJECTIONS, LoRAWeight, Slot, mixin_for, slots, why_not
+from lora_core._layers import (
+    CHILD,
+    FROZEN,
+    OWN,
+    PROJECTIONS,
+    LoRAWeight,
+    Slot,
+    mixin_for,
+    slots,
+    why_not,
+)
 
 _MOST_NAMES = 16  # names of one module that are told apart
 _MOST_HELD = 4096  # a longer list or dict is one of data
 _DEEPEST = 3  # lists of dicts of lists
-_TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes
+_HOLDERS = (list, tuple, dict)
+_NO_PARTS = frozenset((*vars(nn.Module()), *OWN, FROZEN))  # attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +60,13 @@ def walk(model: nn.Module) -> list[Candidate]:
 
     A module's parameters that can be adapted where they are read come right after it.
     """
-    seen: _Seen = {}
-    _visit(model, "", (), seen)
+    seen: dict[nn.Module, list[str]] = {}
+    parents: _Parents = {}
+    _visit(model, "", (), seen, parents)
     found = []
-    for module, (names, parents) in seen.items():
+    for module, names in seen.items():
         if isinstance(module, LoRAWeight):
-            owners = (module.owner, *_readers(seen[module.owner][1]))
+            owners = (module.owner, *_readers(module.owner, parents))
             found.append(
                 Candidate(
                     tuple(names), module, True, "", owners, _is_raw(module.owner, module.lora_label)
@@ -67,13 +79,13 @@ def walk(model: nn.Module) -> list[Candidate]:
             found.append(Candidate(tuple(names), module, has_matrix, problem, (module,)))
             continue
         adaptable = mixin_for(module) is not None
-        readers = _readers(parents) if adaptable else []
+        readers = _readers(module, parents) if adaptable else []
         there = CHILD in module._modules
         problem = why_not(module) if adaptable and not (readers and there) else ""
         is_read = bool(readers) and not problem
-        owners = (module, *readers)
         found.append(Candidate(tuple(names), module, adaptable and not is_read, problem, (module,)))
         if is_read and not there:
+            owners = (module, *readers)
             found.append(Candidate(tuple(names), Slot(module, "weight", ""), True, "", owners))
         for slot in slots(module):
             if slot.child not in module._modules:
@@ -89,7 +101,11 @@ def unregistered(candidates: Sequence[Candidate]) -> list[Candidate]:
     (_, root), seen = held[0], {module for _, module in held}
     found = []
     for name, holder in held:  # which grows
-        values = [(key, v) for key, v in vars(holder).items() if key not in _TORCHS_OWN]
+        values = [
+            (key, v)
+            for key, v in vars(holder).items()
+            if isinstance(v, _HOLDERS) and key not in _NO_PARTS
+        ]
         for tail, module, kind in (it for key, v in values for it in _modules_in(v, key, _DEEPEST)):
             if root in module.modules():  # a part that knows its whole
                 continue
@@ -108,7 +124,7 @@ def unregistered(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _modules_in(value: object, name: str, depth: int) -> Iterator[tuple[str, nn.Module, str]]:
     """The modules that stand in lists and dicts of an attribute, their names, and in what."""
-    if not depth or not isinstance(value, list | tuple | dict) or len(value) > _MOST_HELD:
+    if not depth or not isinstance(value, _HOLDERS) or len(value) > _MOST_HELD:
         return
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(item, nn.Module):
@@ -128,25 +144,35 @@ def _is_raw(owner: nn.Module, label: str) -> bool:
     return bool(label) and not packed and not isinstance(owner, nn.RNNBase | nn.RNNCellBase)
 
 
-# a module, its dotted names, and its parents with what they call it
-_Seen = dict[nn.Module, tuple[list[str], list[tuple[nn.Module, str]]]]
+# the parents of modules that they call by the name of a projection
+_Parents = dict[nn.Module, list[nn.Module]]
 
 
-def _visit(module: nn.Module, name: str, above: tuple[nn.Module, ...], seen: _Seen) -> None:
-    names, parents = seen.setdefault(module, ([], []))
+def _visit(
+    module: nn.Module,
+    name: str,
+    above: tuple[nn.Module, ...],
+    seen: dict[nn.Module, list[str]],
+    parents: _Parents,
+) -> None:
+    names = seen.setdefault(module, [])
     # a module that contains itself, or whose names would multiply without end
     if module in above or len(names) == _MOST_NAMES:
         return
     names.append(name)
-    parents += [(parent, name.rpartition(".")[2]) for parent in above[-1:]]
-    for child, part in [(c, n) for n, c in module._modules.items() if c is not None]:
-        dotted = clean(f"{name}.{part}".lstrip("."))
-        _visit(child, dotted, (*above, module), seen)
+    if above and name.rpartition(".")[2] in LAST_NAMES:
+        parents.setdefault(module, []).append(above[-1])
+    if not module._modules:
+        return
+    above = (*above, module)
+    for part, child in module._modules.items():
+        if child is not None:
+            _visit(child, clean(f"{name}.{part}".lstrip(".")), above, seen, parents)
 
 
-def _readers(parents: list[tuple[nn.Module, str]]) -> list[nn.Module]:
+def _readers(module: nn.Module, parents: _Parents) -> list[nn.Module]:
     """The parents that read this layer's weight themselves and never call the layer."""
-    return [p for p, name in parents if name in LAST_NAMES and _reads_weights(type(p))]  # type: ignore[arg-type]
+    return [p for p in parents.get(module, ()) if _reads_weights(type(p))]  # type: ignore[arg-type]
 
 
 @lru_cache
