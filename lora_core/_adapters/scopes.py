@@ -175,7 +175,8 @@ def _show(layer: LoRAMixin) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Shows the base model for a while, merged or not, and restores exactly what it found.
 
-    Blocks may overlap, as those of two threads or generators do: each shows the base to its end.
+    Blocks may overlap, as those of two threads or generators do: each shows the base to its end. An
+    adapter that arrives inside one is active there.
 
     Raises:
         AdapterError: If the model has no adapter.

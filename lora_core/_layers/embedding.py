@@ -18,7 +18,8 @@ class EmbeddingMixin(LoRAMixin):
 
     ``lora_A_<name>`` (rank, num_embeddings) holds a short vector for each entry, ``lora_B_<name>``
     (embedding_dim, rank) maps it to the table's width. The entry at `padding_idx` gets no update:
-    its column of ``lora_A`` is zero and stays so.
+    its column of ``lora_A`` is zero and gets no gradient. Another program's file may hold numbers
+    there, which are then applied as that program does.
     """
 
     lora_kind: ClassVar[str] = "embedding"
