@@ -64,6 +64,7 @@ bench-smoke: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.parameter_count --ranks 1 4
 	$(BIN)/python -m benchmarks.fused --quick --without-peers
 	$(BIN)/python -m benchmarks.lifecycle --quick --without-peers
+	$(BIN)/python -m benchmarks.algebra --quick
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache lora-core-demo
