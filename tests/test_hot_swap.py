@@ -205,7 +205,7 @@ def test_an_error_midway_leaves_the_old_adapter(tmp_path, monkeypatch):
         made.append(layer)
         lora_core._layers.exchange(layer, *args)
 
-    monkeypatch.setattr("lora_core._injection.surgery.exchange", exchange)
+    monkeypatch.setattr("lora_core._injection.exchanging.exchange", exchange)
     with pytest.raises(KeyboardInterrupt):
         load(model, tmp_path / "b.safetensors", "slot", replace=True)
     assert made

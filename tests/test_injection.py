@@ -565,7 +565,7 @@ def failing(verb: Callable[..., object], k: int, *, after: bool) -> Callable[...
 def test_a_failure_at_any_layer_leaves_the_model_as_it_was(net, portrait, monkeypatch, k, after):
     mix_flags(net)
     before = portrait(net)
-    for step in ("fresh_parts", "attach", "_freeze"):
+    for step in ("fresh_parts", "attach", "freeze_module"):
         with monkeypatch.context() as patch:
             patch.setattr(surgery, step, failing(getattr(surgery, step), k, after=after))
             with pytest.raises(PlannedError):

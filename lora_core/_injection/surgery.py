@@ -1,33 +1,30 @@
 """The acting half of injection: one transaction that attaches, and its inverse."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_core._adapters import layers_with, scopes
+from lora_core._adapters import layers_with
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
-from lora_core._injection.guarding import is_guarded, settle
+from lora_core._injection.guarding import is_guarded
 from lora_core._injection.planning import draw_up, settings_of
 from lora_core._injection.sampling import sampled
 from lora_core._injection.targets import Patterns
+from lora_core._injection.transactions import all_or_nothing, freeze_module, thaw
 from lora_core._layers import (
     FROZEN,
     LoRAMixin,
     LoRAWeight,
     Slot,
-    Strength,
     WeightReader,
     adapted_class,
     attach,
     detach,
-    exchange,
-    factor_names,
     fresh_parts,
     refuse_pinned,
 )
@@ -135,102 +132,12 @@ def graft(
         others: Whether that includes the factors of other adapters.
     """
     with_parameters = [m for m in modules if m._parameters]
-    with _all_or_nothing(modules[0], with_parameters):
+    with all_or_nothing(modules[0], with_parameters):
         for module in with_parameters if freeze else ():
-            _freeze(module, name, others=others)
+            freeze_module(module, name, others=others)
         slot = object()
         for g in grafts:
             attach(g.module, name, g.config, g.parts, strength, slot)
-
-
-def regraft(
-    modules: Sequence[nn.Module], name: str, grafts: Sequence[Graft], strength: float | None
-) -> None:
-    """Puts another adapter in the place of one, entirely or not at all.
-
-    Layers that only the old one had lose it, and those that only the new one has get it. What
-    trains stays as it is, of the host and of other adapters too.
-
-    Args:
-        modules: Every module of the model, its root first.
-        name: The adapter's name, which is on the model.
-        grafts: What it is to be, layer by layer.
-        strength: Its strength; None for the one that it has.
-    """
-    holders = [m for m in modules if isinstance(m, LoRAMixin) and name in m.lora_configs]
-    like, new = holders[0], {id(g.module) for g in grafts}
-    slot, usual = like.lora_slots[name], like.lora_strengths().get(name)
-    _check_samples(holders, name, grafts, strength)
-    training = any(p.requires_grad for m in holders for p in m.lora_parts(name).values())
-    # for the whole: a choice, or a pin, comes before or after
-    with scopes.LOCK, _all_or_nothing(modules[0], [m for m in modules if m._parameters]):
-        for g in grafts:
-            if isinstance(g.module, LoRAMixin) and name in g.module.lora_configs:
-                _pass_on_flags(g.module, g.module, name, g.parts)
-                exchange(g.module, name, g.config, g.parts)
-                if strength is not None:
-                    chosen = {**g.module.lora_strengths(), name: strength}
-                    g.module.lora_selection = g.module.lora_select(chosen)
-                continue
-            for p in g.parts.values():
-                p.requires_grad_(training and p.requires_grad)
-            layer = attach(
-                g.module, name, g.config, g.parts, usual if strength is None else strength, slot
-            )
-            _pass_on_flags(layer, like, name, g.parts)
-            scopes.join(layer, name, like)
-        for layer in [m for m in holders if id(m) not in new]:
-            detach(layer, name)
-
-
-def _check_samples(
-    holders: Sequence[LoRAMixin], name: str, grafts: Sequence[Graft], strength: float | None
-) -> None:
-    """Refuses what would be of one weight for all samples where each has its own strength."""
-    strengths: list[Strength | None] = [s for m in holders for s in scopes.strengths_over(m, name)]
-    if strength is None:
-        strengths += [m.lora_strengths().get(name) for m in holders]
-    if not any(isinstance(s, tuple) for s in strengths):
-        return
-    shared = [g for g in grafts if isinstance(g.module, Slot | LoRAWeight) or g.config.dora]
-    if shared:
-        kinds = {"DoRA" if g.config.dora else "a parameter that is read" for g in shared}
-        raise UnsupportedLayerError(
-            f"A strength per sample must go to layers that see samples, but {name!r} has one, and"
-            f" the new file has {' and '.join(sorted(kinds))} on {len(shared)} layers. Choose one"
-            " number with `scales` first."
-        )
-
-
-def _pass_on_flags(
-    layer: LoRAMixin, like: LoRAMixin, name: str, parts: Mapping[str, nn.Parameter]
-) -> None:
-    """Lets whatever keeps an adapter's factors frozen on one layer keep these frozen as well."""
-    record = dict(vars(layer).get(FROZEN, {}))
-    old = factor_names([name])
-    for holder, found in vars(like).get(FROZEN, {}).items():
-        flags = {key: flag for key, flag in found.items() if key in old}
-        if not flags:
-            continue
-        kept = {key: flag for key, flag in record.get(holder, {}).items() if key not in old}
-        mine = [f"{part}_{name}" for part in parts if not part.endswith("0")]
-        usual = any(flags.values())
-        record[holder] = kept | {key: flags.get(key, usual) for key in mine}
-    if record:
-        vars(layer)[FROZEN] = record
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[None]:
-    """Restores these modules where what follows raises, and settles the guards of the model."""
-    before = [_snapshot(m) for m in changed]
-    try:
-        yield
-        settle(model)
-    except BaseException:
-        _restore(before)
-        settle(model)
-        raise
 
 
 def eject(model: nn.Module, name: str | None = None) -> EjectReport:
@@ -307,11 +214,11 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     )
     ours = (LoRAMixin, WeightReader)
     changed = [m for m in modules if FROZEN in vars(m) or isinstance(m, ours)]
-    with _all_or_nothing(model, changed):
+    with all_or_nothing(model, changed):
         for layer in layers.values():
             for adapter in [n for n in names if n in layer.lora_configs]:
                 detach(layer, adapter)
-        restored = sum(_thaw(m, names) for m in changed)
+        restored = sum(thaw(m, names) for m in changed)
     return EjectReport(tuple(names), tuple(layers), gone, restored)
 
 
@@ -323,89 +230,3 @@ def _has_our_class(layer: LoRAMixin) -> bool:
 
 def _names(layers: Iterable[LoRAMixin]) -> list[str]:
     return list(dict.fromkeys(name for layer in layers for name in layer.lora_configs))
-
-
-# a module, its class, attributes, parameters, children and hooks, and the parameters' flags and
-# gradients
-_Snapshot = tuple[
-    nn.Module,
-    type[nn.Module],
-    dict[str, Any],
-    dict[str, nn.Parameter | None],
-    dict[str, nn.Module | None],
-    dict[int, Any],
-    list[tuple[nn.Parameter, bool, torch.Tensor | None]],
-]
-
-
-def _snapshot(module: nn.Module) -> _Snapshot:
-    parameters = module._parameters
-    flags = [(p, p.requires_grad, p.grad) for p in parameters.values() if p is not None]
-    hooks = dict(module._forward_pre_hooks)
-    children = dict(module._modules)
-    return module, type(module), dict(vars(module)), dict(parameters), children, hooks, flags
-
-
-def _restore(before: Sequence[_Snapshot]) -> None:
-    for module, cls, attributes, parameters, children, hooks, flags in before:
-        for p, flag, grad in flags:
-            p.requires_grad_(flag)
-            p.grad = grad
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # nothing else of it was changed, and what it holds can't be replaced
-        module.__class__ = cls
-        vars(module).clear()
-        vars(module).update(attributes)
-        module._parameters.clear()
-        module._parameters.update(parameters)
-        module._modules.clear()
-        module._modules.update(children)
-        module._forward_pre_hooks.clear()
-        module._forward_pre_hooks.update(hooks)
-
-
-def _freeze(module: nn.Module, adapter: str, *, others: bool) -> None:
-    """Freezes a module's parameters, drops their gradients, and notes what trained."""
-    record = vars(module).get(FROZEN, {})
-    held = {key for found in record.values() for key in found}
-    spared = set() if others else factor_names(vars(module).get("lora_configs", ()))
-    found = {}
-    for key, p in module._parameters.items():
-        if p is None or key in spared:
-            continue
-        # what an earlier arrival froze is relied on by this one too
-        if p.requires_grad or key in held:
-            found[key] = p.requires_grad
-        p.requires_grad_(False)
-        p.grad = None
-    if found:
-        vars(module)[FROZEN] = {**record, adapter: found}
-
-
-def _thaw(module: nn.Module, names: Sequence[str]) -> int:
-    """Makes flags what they would be had these adapters never come; how many now train again.
-
-    What an adapter found training passes to the next one that keeps it frozen; where there is
-    none, it trains again.
-    """
-    record = dict(vars(module).get(FROZEN, {}))
-    gone, order, restored = factor_names(names), list(record), 0
-    own = dict(module._parameters.items())  # a scripted module's have no `get`
-    for i, name in enumerate(order):
-        if name not in names:
-            record[name] = {key: flag for key, flag in record[name].items() if key not in gone}
-            continue
-        for key in [key for key, trained in record.pop(name).items() if trained]:
-            p = own.get(key)
-            heir = next((n for n in order[i + 1 :] if key in record[n]), None)
-            if heir is not None:
-                record[heir] = {**record[heir], key: True}
-            elif p is not None:
-                p.requires_grad_(True)
-                restored += 1
-    record = {name: found for name, found in record.items() if found}
-    if record:
-        vars(module)[FROZEN] = record
-    else:
-        vars(module).pop(FROZEN, None)
-    return restored
