@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_core._layers import LoRAMixin, LoRAWeight, Slot, peek
 
 _SAMPLES = 4  # values per layer
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | Slot | N
         mine = own[weight.dtype]
         tolerance = 0.0 if mine == eps else 2 * max(mine, eps)
         theirs = stored[i * _SAMPLES : (i + 1) * _SAMPLES]
+        if theirs == tuple(row):
+            continue
         for a, b in zip(theirs, row, strict=True):
             # not-a-number stands for a weight without readable values, as on the meta device
             if abs(a - b) > tolerance * max(abs(a), 2**-14):
@@ -85,16 +88,17 @@ def samples(weights: Sequence[Tensor]) -> list[list[float]]:
     picked: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
     with torch.no_grad():
         for i, weight in enumerate(weights):
-            plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-            if not plain or weight.is_meta or not weight.numel():
-                continue
             size, device, dtype = weight.numel(), weight.device, weight.dtype
-            if (size, device) not in where:
+            plain = type(weight) in _PLAIN and dtype.is_floating_point
+            if not plain or weight.is_meta or not size:
+                continue
+            at = where.get((size, device))
+            if at is None:
                 places = [(2 * i + 1) * size // (2 * _SAMPLES) for i in range(_SAMPLES)]
-                where[size, device] = torch.tensor(places, device=device)
+                at = where[size, device] = torch.tensor(places, device=device)
             # one operation where the dtype has it: there may be thousands of layers
             flat = weight if dtype.itemsize > 1 else weight.reshape(-1).to(torch.float32)
-            picked.setdefault((device, dtype), {})[i] = flat.take(where[size, device])
+            picked.setdefault((device, dtype), {})[i] = flat.take(at)
     for group in picked.values():
         fetched = torch.stack(list(group.values())).to(torch.float64).tolist()
         for i, row in zip(group, fetched, strict=True):

@@ -109,10 +109,11 @@ def _misfit(name: str, candidate: Candidate, layer: AdapterLayer) -> str:
     module = candidate.module
     mixin = mixin_for(module)
     assert mixin is not None
-    # a matrix is the same whether it is called or read
-    kinds = {"linear", "weight"} if layer.parts["lora_A"].ndim == 2 else {layer.kind}
-    if mixin.lora_kind != layer.kind and not {mixin.lora_kind, layer.kind} <= kinds:
-        return f"{name} (file a layer of kind {layer.kind!r}, model {mixin.lora_kind!r})"
+    if mixin.lora_kind != layer.kind:
+        # a matrix is the same whether it is called or read
+        kinds = {"linear", "weight"} if layer.parts["lora_A"].ndim == 2 else {layer.kind}
+        if not {mixin.lora_kind, layer.kind} <= kinds:
+            return f"{name} (file a layer of kind {layer.kind!r}, model {mixin.lora_kind!r})"
     try:
         mine = part_shapes(module, layer.settings)
     except ValueError:  # too few dimensions for this form

@@ -82,12 +82,13 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes | 
     """
     groups: dict[torch.dtype, list[str]] = {dtype: [] for dtype in _KINDS}
     for name in sorted(tensors):
-        if tensors[name].dtype not in groups:
+        dtype = tensors[name].dtype
+        if dtype not in groups:
             raise ConfigError(
                 f"A tensor must be one of {listed([str(d) for d in _KINDS])} to be saved, but"
-                f" {name!r} is {tensors[name].dtype}. Cast it first."
+                f" {name!r} is {dtype}. Cast it first."
             )
-        groups[tensors[name].dtype].append(name)
+        groups[dtype].append(name)
     # safetensors itself writes metadata in random order, and takes long for thousands of tensors
     about = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False)
     # text rather than a tree for `json.dumps`: thousands of small objects cost the collector dear

@@ -18,6 +18,7 @@ that this reader doesn't know is refused: it may change what the tensors mean.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,7 +169,7 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             f"the factors of {listed([name])} disagree: lora_A {tuple(lora_A.shape)} {lora_A.dtype}"
             f", lora_B {tuple(lora_B.shape)} {lora_B.dtype}, described rank {rank!r}"
         )
-    seen = lora_A.shape[-1] if kind == "weight" else lora_A[0].numel()
+    seen = lora_A.shape[-1] if kind == "weight" else math.prod(lora_A.shape[1:])
     if not config.tucker and rank > min(
         seen, lora_B.shape[-2] if kind == "weight" else len(lora_B)
     ):

@@ -1,6 +1,6 @@
 """The pure half of injection: from a model and the user's wishes to a list of layers."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -209,39 +209,40 @@ def check_room(
         )
     picked, read = {id(c) for c in chosen}, [c for c in candidates if _is_read(c)]
     _refuse_overlap([c for c in read if id(c) in picked or set(_adapters(c)) - {name}], chosen)
-    names = {*OWN, *factor_names([name])}
-    fresh = _doubtful([c for c in chosen if name not in _adapters(c)], names)
-    for new in OWN:
-        clash = [
-            c.name for c in fresh if not isinstance(c.module, LoRAMixin) and hasattr(c.module, new)
-        ]
-        if clash:
-            raise UnsupportedLayerError(
-                f"A layer must leave names that begin with 'lora_' to its adapters, but"
-                f" {listed(clash)} has an attribute {new!r} of its own. Rename it, or exclude the"
-                " layer."
-            )
-    for new in sorted(factor_names([name])):
-        clash = [c.name for c in fresh if hasattr(c.module, new)]
-        if not clash:
-            continue
+    fresh = [c for c in chosen if name not in _adapters(c)]
+    bare = [c for c in fresh if not isinstance(c.module, LoRAMixin)]
+    for new, clash in _holders(bare, OWN):
+        raise UnsupportedLayerError(
+            f"A layer must leave names that begin with 'lora_' to its adapters, but"
+            f" {listed(clash)} has an attribute {new!r} of its own. Rename it, or exclude the"
+            " layer."
+        )
+    for new, clash in _holders(fresh, sorted(factor_names([name]))):
         raise AdapterError(
             f"`name` must be new to every layer, but {listed(clash)} has an attribute"
             f" {new!r} of its own. Choose another name."
         )
 
 
-def _doubtful(candidates: Sequence[Candidate], names: Set[str]) -> list[Candidate]:
-    """Those that may have one of these attributes: a look-up that fails takes long on a module."""
-    kinds = {type(c.module) for c in candidates}
+def _holders(
+    candidates: Sequence[Candidate], names: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Each of these attributes that a layer has, and the layers that have it."""
+    asked = set(names)
+    # a class may have them, or its own idea of what an attribute is
     odd = {
         kind
-        for kind in kinds
+        for kind in {type(c.module) for c in candidates}
         if kind.__getattribute__ is not object.__getattribute__
         or getattr(kind, "__getattr__", None) is not nn.Module.__getattr__
         or any(hasattr(kind, name) for name in names)
     }
-    return [c for c in candidates if type(c.module) in odd or not _is_free(c.module, names)]
+    # to look up what is not there takes long on a module
+    asking = [c for c in candidates if type(c.module) in odd or not _is_free(c.module, asked)]
+    for name in names:
+        found = [c.name for c in asking if hasattr(c.module, name)]
+        if found:
+            yield name, found
 
 
 def _is_free(module: nn.Module | Slot, names: Set[str]) -> bool:

@@ -45,7 +45,7 @@ def matches(pattern: Pattern, candidate: Candidate) -> bool:
     if isinstance(pattern, str):
         pattern = _glob(pattern)
     if isinstance(pattern, re.Pattern):
-        return any(pattern.fullmatch(name) for name in candidate.names)
+        return any(map(pattern.fullmatch, candidate.names))
     if isinstance(pattern, type_):
         return any(isinstance(owner, pattern) for owner in candidate.owners)
     return any(bool(pattern(name, candidate.owners[0])) for name in candidate.names)

@@ -104,7 +104,7 @@ def unregistered(candidates: Sequence[Candidate]) -> list[Candidate]:
         values = [
             (key, v)
             for key, v in vars(holder).items()
-            if isinstance(v, _HOLDERS) and key not in _NO_PARTS
+            if key not in _NO_PARTS and isinstance(v, _HOLDERS)
         ]
         for tail, module, kind in (it for key, v in values for it in _modules_in(v, key, _DEEPEST)):
             if root in module.modules():  # a part that knows its whole
