@@ -22,7 +22,7 @@ $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.demo  ## teach the shipped digit model a style and draw it, in lora-core-demo/
-	$(BIN)/python -m lora_core demo
+	$(BIN)/python -m lora_core demo --force
 
 test: $(VENV)/.test  ## the tests, doctests of docstrings and Markdown included
 	$(BIN)/python -m coverage run -m pytest

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -598,8 +599,13 @@ def test_two_names_of_one_module_are_not_summed_as_two(
     document("convert", KOHYA, tmp_path / "a", "--to", "diffusers", *BASES)
     document("convert", tmp_path / "a", tmp_path / "b", "--to", "lora_core")
     layers = read(tmp_path / "b").layers
-    plain = {name.replace(".text_model.", "."): held for name, held in layers.items()}
-    wrapped = {n.replace("text_encoder.", "text_encoder.text_model."): x for n, x in plain.items()}
+    plain = {
+        name: replace(x, path=x.path.removeprefix("text_model.")) for name, x in layers.items()
+    }
+    wrapped = {
+        name: replace(x, path=f"text_model.{x.path}") if x.component != "unet" else x
+        for name, x in plain.items()
+    }
     for name, spelt in (("w", wrapped), ("p", plain)):
         write(Adapter("a", spelt), tmp_path / name)
     code, _, err = run("combine", tmp_path / "w", tmp_path / "p", tmp_path / "c")

@@ -149,7 +149,17 @@ def test_an_interrupt_leaves_whole_files_only(tmp_path: Path) -> None:
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
     code += "from lora_core._cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "demo", "--steps", "100000", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "-c",
+            code,
+            "demo",
+            "--force",
+            "--steps",
+            "100000",
+            "--out",
+            str(tmp_path),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -174,7 +184,7 @@ def test_an_interrupt_between_files_leaves_each_whole(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(story, moment, interrupted)
-    words = ["demo", "--quick", "--steps", "1", "--out", os.fspath(tmp_path)]
+    words = ["demo", "--force", "--quick", "--steps", "1", "--out", os.fspath(tmp_path)]
     assert _cli.main(words) == 130
     left = {path.name for path in tmp_path.iterdir()}
     assert left <= FILES

@@ -454,14 +454,6 @@ HOSTILE = {
         "a floating matrix of 16 bits",
     ),
     "a vector": (lambda h: h["1.lora_A"].update(shape=[12]), "a floating matrix of 16 bits"),
-    "a rank beyond the layer's sizes": (
-        lambda h: (
-            h["1.lora_A"].update(shape=[12, 1])
-            or h["1.lora_B"].update(shape=[1, 12])
-            or about(lambda a: a["layers"]["1"].update(rank=12))(h)
-        ),
-        "the rank 12 of '1' exceeds its layer's sizes",
-    ),
     "disagreeing factors": (lambda h: h["1.lora_A"].update(shape=[3, 4]), "disagree"),
 }
 

@@ -134,7 +134,9 @@ def test_only_loads_one_part() -> None:
     report = lora_core.load(models["unet"], path, only="unet")
     assert len(report.layers) == 192
     lora_core.load({"text_encoder": models["text_encoder"]}, path, only="text_encoder")
-    with pytest.raises(ConfigError, match="^`only` must name a part of .*, but is 'vae'; the file"):
+    with pytest.raises(
+        ConfigError, match="^`only` must name a part of .*, but is 'vae'; it has 'text"
+    ):
         lora_core.load(models["unet"], path, only="vae", name="other")
 
 
@@ -313,3 +315,79 @@ def test_a_format_for_pipelines_asks_for_the_part(tmp_path: Path) -> None:
     ):
         lora_core.save(model, tmp_path / "a.safetensors", format="a1111")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_part_of_our_own_file_is_asked_for_by_name(tmp_path: Path) -> None:
+    models = trained()
+    lora_core.save(models, tmp_path / "a.safetensors")
+    said = "must have its model, but it also has .* for 'text_encoder': .* in part with only='unet'"
+    for target in (sd15()[0]["unet"], {"unet": sd15()[0]["unet"]}):
+        with pytest.raises(MismatchError, match=said):
+            lora_core.load(target, tmp_path / "a.safetensors")
+        lora_core.load(target, tmp_path / "a.safetensors", only="unet")  # its base is compared
+    value = lora_core.adapter_of(models)
+    unet = sd15()[0]["unet"]
+    lora_core.load({"unet": unet}, value, only="unet")
+    assert deltas({"unet": unet}).keys() == deltas({"unet": models["unet"]}).keys()
+    with torch.no_grad():
+        other = sd15()[0]["unet"]
+        for p in other.parameters():
+            p.add_(1.0)
+    with pytest.raises(MismatchError, match="must be the one that .* was trained on"):
+        lora_core.load(other, value, only="unet")
+
+
+@pytest.mark.parametrize("to", ["lora_core", "kohya", "diffusers"])
+def test_a_part_with_a_child_of_its_own_name_is_no_riddle(to: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"unet": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+
+    model, other = build(), build()
+    lora_core.inject(model, 2, targets="q")
+    lora_core.save({"unet": model}, tmp_path / "a", format=to)
+    lora_core.load({"unet": other}, tmp_path / "a")
+    assert list(deltas({"": other})) == [".unet.q"]
+    lora_core.save(model, tmp_path / "b")
+    lora_core.load({"unet": build()}, tmp_path / "b")
+    lora_core.load(build(), tmp_path / "b")
+
+
+def test_a_rank_above_the_sizes_of_a_layer_is_saved_and_loaded(tmp_path: Path) -> None:
+    models, _, _ = loaded("loralib/bias_none")
+    lora_core.save(models[""], tmp_path / "a")
+    case = GOLDEN / "loralib" / "bias_none"
+    other = models_of(case, json.loads((case / "case.json").read_text()))[""]
+    lora_core.load(other, tmp_path / "a")
+    ours, theirs = deltas(models), deltas({"": other})
+    assert ours
+    assert all(torch.equal(theirs[key], delta) for key, delta in ours.items())
+
+
+def test_adapters_are_equal_where_their_numbers_are(tmp_path: Path) -> None:
+    lora_core.save(trained(), tmp_path / "a")
+    one, other = lora_core.read(tmp_path / "a"), lora_core.read(tmp_path / "a")
+    assert one == other
+    assert lora_core.combine([one], [1]) == other
+    next(iter(other.layers.values())).parts["lora_A"].add_(1.0)
+    assert one != other
+    assert repr(one) == f"Adapter('style', lora_core, {len(one.layers)} layers)"
+
+
+def test_one_module_by_two_names_is_not_summed_as_two(tmp_path: Path) -> None:
+    models = trained()
+    lora_core.save({"unet": models["unet"]}, tmp_path / "a", format="diffusers")
+    bare, named = lora_core.adapter_of(models["unet"]), lora_core.read(tmp_path / "a")
+    with pytest.raises(MismatchError, match="^Adapters must call a module by one name to be comb"):
+        lora_core.combine([bare, named], [1, 1])
+
+
+def test_a_whole_difference_of_a_normalisation_is_refused_as_one(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "q": nn.Linear(4, 4)})
+    stored = {"lycoris_norm.w_norm": torch.ones(4), "lycoris_q.diff": torch.ones(4, 4)}
+    safetensors.torch.save_file(stored, tmp_path / "a.safetensors")
+    said = "must be of a layer that can carry an adapter, but 'lycoris_norm' is of another kind"
+    with pytest.raises(MismatchError, match=said):
+        lora_core.load(model, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="whole differences of layers that can carry no adapter"):
+        lora_core.load(model, tmp_path / "a.safetensors", strict=False)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from lora_core._algebra.layers import check_adapter, check_limit
+from lora_core._algebra.matching import check_names
 from lora_core._algebra.methods import METHODS
 from lora_core._algebra.mixing import Part, mixed, summed
 from lora_core._algebra.results import Teller, Told
@@ -150,17 +151,16 @@ def _check(
         raise ConfigError(
             f"`rank` must be given where `method` is {method!r}: what it makes has any rank."
         )
-    spelt = [
-        (adapter.name, ", ".join(sorted({layer.spelling for layer in adapter.layers.values()})))
-        for adapter in adapters
-        if adapter.layers
-    ]
-    if len({how for _, how in spelt}) > 1:
-        shown = [f"{name}: {how}" for name, how in spelt]
+    spelt = {
+        adapter.name: {layer.spelling for layer in adapter.layers.values()} for adapter in adapters
+    }
+    if len(set().union(*spelt.values())) > 1:
+        shown = [f"{name}: {', '.join(sorted(how))}" for name, how in spelt.items() if how]
         raise MismatchError(
             f"Adapters must spell the names of modules alike to be combined, but do it as"
             f" {listed(shown)}. Load each into the model and save it again."
         )
+    check_names(adapters)
 
 
 def _name(adapters: Sequence[Adapter], name: str | None) -> str:

@@ -16,11 +16,12 @@ from lora_core._algebra.checkpoints import (
 )
 from lora_core._algebra.hosts import Hosts
 from lora_core._algebra.layers import check_adapter
-from lora_core._algebra.locating import located, part_of
+from lora_core._algebra.locating import located
 from lora_core._algebra.results import FileMergeReport, Teller, Told
 from lora_core._config import check_finite
 from lora_core._errors import ConfigError
 from lora_core._formats import Adapter
+from lora_core._formats.neutral import part_of
 from lora_core._formats.replacing import new_file, new_folder
 from lora_core._merging import merge
 
@@ -87,7 +88,7 @@ def merge_file(
     target = Path(os.fsdecode(out))
     checkpoint = open_checkpoint(base)
     _check_free(target, checkpoint, force=force)
-    layers = located(part_of(adapter, only), checkpoint, transposed)
+    layers = located(part_of(adapter, only, f"adapter {adapter.name!r}"), checkpoint, transposed)
     hosts = Hosts(adapter.name, layers, checkpoint, strength)
     tell, lost = Teller(told, len(layers)), dict[str, float]()
     changed = {*hosts.layers, *hosts.biases}

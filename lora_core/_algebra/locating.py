@@ -2,11 +2,10 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from lora_core._algebra.checkpoints import DTYPES, Checkpoint, Entry
-from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
+from lora_core._errors import MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter
 from lora_core._formats.fitting import fitted
 from lora_core._formats.naming import Host, resolve
@@ -61,24 +60,6 @@ def place_of(path: str, tensors: Collection[str]) -> Place | None:
 def bias_of(tensor: str) -> str:
     """The name of the bias beside a weight."""
     return f"{tensor.removesuffix('weight')}bias"
-
-
-def part_of(adapter: Adapter, only: str | None) -> Adapter:
-    """The layers for one model of a pipeline; all where none is named.
-
-    Raises:
-        ConfigError: If there are none for it.
-    """
-    if only is None:
-        return adapter
-    parts = sorted({layer.component for layer in adapter.layers.values()})
-    if only not in parts:
-        raise ConfigError(
-            f"`only` must name a part of adapter {adapter.name!r}, but is {only!r}; it has"
-            f" {listed([part or '(no part)' for part in parts])}."
-        )
-    layers = {name: layer for name, layer in adapter.layers.items() if layer.component == only}
-    return replace(adapter, layers=layers)
 
 
 def located(

@@ -17,10 +17,7 @@ from lora_core._cli.arguments import (
 from lora_core._cli.progress import Results, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lora_core._cli.arguments import Commands
-    from lora_core._formats import Adapter
 
 
 def add(commands: "Commands") -> None:
@@ -59,10 +56,15 @@ def _run(args: argparse.Namespace) -> Answer:
     from lora_core._algebra import combine
     from lora_core._cli.adapters import check_free, read_several
     from lora_core._cli.changes import dtype_of, finished
+    from lora_core._errors import ConfigError
 
     check_free(args.out, force=args.force)
     adapters = read_several(args.adapters, args)
-    _check_alike(adapters)
+    if len(adapters) < 2:
+        raise ConfigError(
+            "`combine` must be given two adapters or more, but got one. Use `convert` to write one"
+            " another way."
+        )
     weights = [1.0] * len(adapters) if args.weights is None else args.weights
     with progress("combining") as step:
         results = Results(step)
@@ -77,21 +79,3 @@ def _run(args: argparse.Namespace) -> Answer:
             told=results,
         )
     return finished(made, results, args)
-
-
-def _check_alike(adapters: "Sequence[Adapter]") -> None:
-    """Refuses adapters that call one module by two names, of which a sum would have both."""
-    from lora_core._cli.comparing import names_of
-    from lora_core._errors import MismatchError
-
-    first = adapters[0]
-    for other in adapters[1:]:
-        mine, theirs = names_of(first, other)
-        both = [(mine[key], theirs[key]) for key in mine if key in theirs]
-        apart = [pair for pair in both if pair[0] != pair[1]]
-        if apart:
-            raise MismatchError(
-                f"Adapters must call a module by one name to be combined, but {apart[0][0]!a} and"
-                f" {apart[0][1]!a} are one, and so are {len(apart) - 1} more pairs. Give the base"
-                " models, --base PART=CHECKPOINT."
-            )

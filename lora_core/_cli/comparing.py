@@ -1,23 +1,18 @@
 """Whether two adapters are the same function, layer by layer and without dense matrices."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_core._algebra.layers import scaled, widened
+from lora_core._algebra.matching import names_of
 from lora_core._algebra.products import product_norm
-from lora_core._cli.bases import places_of
 from lora_core._cli.measures import form_of, norm_of, one_thread, parts_of
 from lora_core._cli.progress import Step
-from lora_core._errors import MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
-from lora_core._formats.spelling import Place
-
-_WRAPPER = "text_model"  # around CLIP's text encoders to some programs, and not to others
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +79,6 @@ def compare(one: Adapter, other: Adapter, step: Step) -> Comparison:
     return Comparison(layers, alone)
 
 
-def names_of(one: Adapter, other: Adapter) -> "tuple[_Names, _Names]":
-    """The layers of each by what they mean, as far as both say it: what one module is is one key.
-
-    Raises:
-        MismatchError: If names in one of them mean several layers.
-    """
-    mine, theirs = _paired(one), _paired(other)
-    if not all(_has_parts(found) for found in (mine, theirs)):
-        mine, theirs = _without_parts(mine), _without_parts(theirs)
-    if not all(_is_dotted(found) for found in (mine, theirs)):
-        mine, theirs = _as_stems(mine), _as_stems(theirs)
-    return mine, theirs
-
-
 def difference_of(one: AdapterLayer, other: AdapterLayer) -> tuple[float, str]:
     """How far two layers are apart, and why that can't be said ("" where it can)."""
     forms = form_of(one), form_of(other)
@@ -162,60 +143,3 @@ def _weight(layer: AdapterLayer) -> float:
         return math.inf
     others = parts_of(layer) if layer.config is not None else {}
     return math.hypot(norm, *(float(widened(t).double().norm()) for t in others.values()))
-
-
-class _Key(NamedTuple):
-    """What a layer is for, as far as both adapters say it: factors, or a whole difference."""
-
-    place: Place
-    whole: bool
-
-
-_Names = dict[_Key, str]
-
-
-def _paired(adapter: Adapter) -> _Names:
-    return _unique(
-        (_Key(place._replace(path=_unwrapped(place)), adapter.layers[name].config is None), name)
-        for name, place in places_of(adapter).items()
-    )
-
-
-def _unwrapped(place: Place) -> str:
-    mark = "_" if place.spelling == "stem" else "."
-    return place.path.removeprefix(f"{_WRAPPER}{mark}")
-
-
-def _has_parts(names: _Names) -> bool:
-    return all(key.place.component for key in names)
-
-
-def _is_dotted(names: _Names) -> bool:
-    return all(key.place.spelling == "dotted" for key in names)
-
-
-def _without_parts(names: _Names) -> _Names:
-    return _unique(
-        (key._replace(place=key.place._replace(component="")), name) for key, name in names.items()
-    )
-
-
-def _as_stems(names: _Names) -> _Names:
-    return _unique((key._replace(place=_stem(key.place)), name) for key, name in names.items())
-
-
-def _stem(place: Place) -> Place:
-    dotted = place.spelling == "dotted"
-    return place._replace(path=place.stem, spelling="stem") if dotted else place
-
-
-def _unique(pairs: Iterable[tuple[_Key, str]]) -> _Names:
-    found: _Names = {}
-    for key, name in pairs:
-        if key in found:
-            raise MismatchError(
-                f"A name must mean one layer to be compared, but {listed([found[key], name])} may"
-                " both be the other adapter's. Give the base models, --base PART=CHECKPOINT."
-            )
-        found[key] = name
-    return found

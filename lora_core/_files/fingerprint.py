@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core._formats.bases import SAMPLES
 from lora_core._layers import LoRAMixin, LoRAWeight, Slot, peek
 
-_SAMPLES = 4  # values per layer
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -39,7 +39,7 @@ def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | Slot | N
     """
     try:
         data = base64.b64decode(base["samples"], validate=True)
-        stored = struct.unpack(f"<{len(layers) * _SAMPLES}d", data)
+        stored = struct.unpack(f"<{len(layers) * SAMPLES}d", data)
         eps = _eps(base["dtype"])
     except (binascii.Error, struct.error, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the base fingerprint is malformed ({error})") from error
@@ -57,7 +57,7 @@ def differing(base: Mapping[str, Any], layers: Mapping[str, nn.Module | Slot | N
     for (i, (name, weight)), row in zip(weights.items(), rows, strict=True):
         mine = own[weight.dtype]
         tolerance = 0.0 if mine == eps else 2 * max(mine, eps)
-        theirs = stored[i * _SAMPLES : (i + 1) * _SAMPLES]
+        theirs = stored[i * SAMPLES : (i + 1) * SAMPLES]
         if theirs == tuple(row):
             continue
         for a, b in zip(theirs, row, strict=True):
@@ -83,7 +83,7 @@ def original(module: nn.Module | Slot) -> Tensor:
 
 def samples(weights: Sequence[Tensor]) -> list[list[float]]:
     """Evenly spaced values of each weight; not-a-number where none can be read."""
-    rows = [[float("nan")] * _SAMPLES] * len(weights)  # each is replaced, none changed
+    rows = [[float("nan")] * SAMPLES] * len(weights)  # each is replaced, none changed
     where: dict[tuple[int, torch.device], Tensor] = {}
     picked: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
     with torch.no_grad():
@@ -94,7 +94,7 @@ def samples(weights: Sequence[Tensor]) -> list[list[float]]:
                 continue
             at = where.get((size, device))
             if at is None:
-                places = [(2 * i + 1) * size // (2 * _SAMPLES) for i in range(_SAMPLES)]
+                places = [(2 * i + 1) * size // (2 * SAMPLES) for i in range(SAMPLES)]
                 at = where[size, device] = torch.tensor(places, device=device)
             # one operation where the dtype has it: there may be thousands of layers
             flat = weight if dtype.itemsize > 1 else weight.reshape(-1).to(torch.float32)

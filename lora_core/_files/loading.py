@@ -12,9 +12,10 @@ from lora_core._config import check_finite, check_name, check_rank
 from lora_core._errors import ConfigError, listed
 from lora_core._files.fitting import compare_aliases, compare_base, resolve
 from lora_core._files.models import as_models, whole
-from lora_core._files.placing import chosen, is_placed, placed
+from lora_core._files.placing import is_placed, placed
 from lora_core._formats import Adapter, AdapterLayer, read
 from lora_core._formats.loralib import Enabled
+from lora_core._formats.neutral import part_of
 from lora_core._injection import Candidate, Graft, graft, modules_of, regraft, walk
 from lora_core._injection.planning import describe
 from lora_core._layers import mixin_of, peek, refuse_pinned, reserved, sizes
@@ -104,7 +105,7 @@ def load(
         path = os.fsdecode(path)
         file = read(path, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora)
     name = file.name if name is None else name
-    file, notes = chosen(file, only, path), list(file.notes)
+    file, notes = part_of(file, only, repr(path)), list(file.notes)
     if not is_placed(file, models):
         file, more = placed(file, models, path, strict=strict)
         notes += more

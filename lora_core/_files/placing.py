@@ -5,39 +5,24 @@ from dataclasses import replace
 
 from torch import nn
 
-from lora_core._errors import ConfigError, MismatchError, listed
+from lora_core._errors import MismatchError, listed
 from lora_core._files.conforming import conformed, joined
 from lora_core._formats import Adapter, AdapterLayer
+from lora_core._formats.bases import rebased
 from lora_core._formats.naming import Host, Resolution, resolve
 from lora_core._injection import Candidate, walk
 from lora_core._layers import mixin_of, peek
 
 
-def chosen(file: Adapter, only: str | None, where: str) -> Adapter:
-    """The part of a file for one model of a pipeline; all of it where none is named.
-
-    Raises:
-        ConfigError: If it holds no such part.
-    """
-    if only is None:
-        return file
-    parts = sorted({layer.component for layer in file.layers.values()})
-    if only not in parts:
-        raise ConfigError(
-            f"`only` must name a part of {where!r}, but is {only!r}; the file has"
-            f" {listed([part or '(no part)' for part in parts])}."
-        )
-    layers = {name: layer for name, layer in file.layers.items() if layer.component == only}
-    return replace(file, layers=layers)
-
-
 def is_placed(file: Adapter, models: Mapping[str, nn.Module]) -> bool:
     """Whether the names of a file are the models' own already, as those that `save` wrote are."""
-    if file.format != "lora_core" or any(layer.config is None for layer in file.layers.values()):
+    if file.format != "lora_core":
         return False
-    if any(layer.component or layer.spelling != "dotted" for layer in file.layers.values()):
-        return False
-    return "" in models or any(name.partition(".")[0] in models for name in file.layers)
+    plain = all(
+        layer.config is not None and not layer.component and layer.spelling == "dotted"
+        for layer in file.layers.values()
+    )
+    return plain and ("" in models or all(name in models for name in file.layers))
 
 
 def placed(
@@ -59,6 +44,7 @@ def placed(
     resolution = resolve(file.layers, hosts, where)
     notes = _check(resolution, file, models, hosts, where, strict=strict)
     layers: dict[str, AdapterLayer] = {}
+    names: dict[str, str] = {}
     for name, (part, path) in resolution.found.items():
         layer = conformed(name, file.layers[name], candidates[part][path].module, where)
         dotted = f"{part}.{path}" if part else path
@@ -66,8 +52,17 @@ def placed(
             pair = (layers[dotted], layer)
             whole = file.layers[name].config is None
             layer = joined(name, *(pair if whole else pair[::-1]), where)
-        layers[dotted] = layer
-    return replace(file, layers=layers), notes
+        layers[dotted] = replace(layer, aliases=_renamed(file.layers[name], part))
+        names[dotted] = name
+    base = rebased(file.base, file.layers, names)
+    return replace(file, layers=layers, base=base), notes
+
+
+def _renamed(layer: AdapterLayer, part: str) -> tuple[str, ...]:
+    """The other names of a module, with the part of a pipeline that the model is here."""
+    own = f"{layer.component}." if layer.component else ""
+    prefix = f"{part}." if part else ""
+    return tuple(prefix + alias.removeprefix(own) for alias in layer.aliases)
 
 
 def _adaptable(model: nn.Module) -> dict[str, Candidate]:
@@ -112,6 +107,13 @@ def _check(
             f" for {listed(parts)}: {listed(wanted, 2)}. Load it into"
             f" {{{models_wanted}}}, or in part with only={own[0]!r}."
         )
+    bare = [n for n in lost if file.layers[n].config is None and _is_there(file.layers[n], models)]
+    if bare and strict:
+        raise MismatchError(
+            f"A whole difference of {where!r} must be of a layer that can carry an adapter, but"
+            f" {listed(bare)} is of another kind, as of normalisation. Pass strict=False to leave"
+            " it out."
+        )
     if lost and strict:
         raise MismatchError(
             f"The model must have every layer of {where!r}, but {len(lost)} of {len(file.layers)}"
@@ -121,14 +123,22 @@ def _check(
     if idle and strict:
         raise MismatchError(
             f"Every model must have a part in {where!r}, but {listed(idle)} has none; the file has"
-            f" {listed(own)}. Leave it out."
+            f" {listed([part or '(no part)' for part in own])}. Leave it out."
         )
     said = (
         (wanted, "for a model that is not given"),
-        (list(lost), "not in the model"),
+        (bare, "whole differences of layers that can carry no adapter"),
+        ([n for n in lost if n not in bare], "not in the model"),
         (idle, "without a part in the file"),
     )
     return [f"{what}: {listed(names)}" for names, what in said if names]
+
+
+def _is_there(layer: AdapterLayer, models: Mapping[str, nn.Module]) -> bool:
+    """Whether a model has a module of this name, adaptable or not."""
+    names = (n for model in models.values() for n, _ in model.named_modules())
+    stem = layer.spelling == "stem"
+    return any((n.replace(".", "_") if stem else n) == layer.path for n in names)
 
 
 def _own(file: Adapter, resolution: Resolution) -> list[str]:

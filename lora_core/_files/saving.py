@@ -130,18 +130,18 @@ def adapter_of(
         )
     others, found = _other_names(host, layers), {}
     for n, layer in layers.items():
-        part, _, path = n.partition(".") if "" not in models else ("", "", "")
+        part, dot, path = n.partition(".") if "" not in models else ("", "", "")
         found[n] = AdapterLayer(
             layer.lora_kind,
             layer.lora_configs[name],
             held[n],
             others.get(n, ()),
-            component=part,
+            component=part if dot else "",
             path=path,
             alpha_from="",  # there is no file
         )
-        if plain:
-            found[n] = _plain(n, found[n])
+        if plain and found[n].settings.subtracted:
+            found[n] = without_first(found[n])
     return Adapter(name, found, fingerprint(layers))
 
 
@@ -178,22 +178,6 @@ def _cut(
             f" at {name!r} hold numbers. Inject an adapter of that rank instead."
         )
     return used
-
-
-def _plain(name: str, layer: AdapterLayer) -> AdapterLayer:
-    """The same update without factors that are subtracted: twice the rank, at the same scale."""
-    config, parts = layer.settings, layer.parts
-    if not config.subtracted:
-        return layer
-    limit = min(parts["lora_A"][0].numel(), parts["lora_B"].shape[0])
-    if layer.kind == "weight":
-        limit = min(parts["lora_A"].shape[-1], parts["lora_B"].shape[-2])
-    if 2 * config.rank > limit:
-        raise ConfigError(
-            f"A plain file needs twice the rank, at most min(in_features, out_features) = {limit},"
-            f" but that is {2 * config.rank} at {name!r}. Save it without plain=True."
-        )
-    return without_first(layer)
 
 
 def _other_names(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> dict[str, tuple[str, ...]]:

@@ -93,12 +93,16 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes | 
     about = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False)
     # text rather than a tree for `json.dumps`: thousands of small objects cost the collector dear
     entries, end = [f'"__metadata__":{about}'], 0
+    sizes: dict[torch.Size, tuple[str, int]] = {}  # most tensors have the shape of another
     for dtype, names in groups.items():
         kind, itemsize = _KINDS[dtype], dtype.itemsize
         for name in names:
             t = tensors[name]
-            start, end = end, end + t.numel() * itemsize
-            shape = ",".join(map(str, t.shape))
+            size = sizes.get(t.shape)
+            if size is None:
+                size = sizes[t.shape] = ",".join(map(str, t.shape)), t.numel()
+            shape, count = size
+            start, end = end, end + count * itemsize
             entries.append(
                 f'{encode_basestring(name)}:{{"dtype":"{kind}","shape":[{shape}],'
                 f'"data_offsets":[{start},{end}]}}'

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +25,9 @@ class Encoded:
         notes: How the layers differ from the adapter's, one sentence each.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(repr=False)
     metadata: Mapping[str, str]
-    layers: Mapping[str, AdapterLayer]
+    layers: Mapping[str, AdapterLayer] = field(repr=False)
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 

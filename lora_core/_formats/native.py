@@ -13,12 +13,12 @@ called. Optional in a layer: ``dropout``, ``rank_dropout`` and ``module_dropout`
 where the scale is alpha / sqrt(rank) and not alpha / rank; ``dora``, ``bias`` and ``tucker``, true
 where ``lora_magnitude``, ``lora_bias`` or ``lora_mid`` is there; ``dora_in`` beside ``dora``, true
 where it is ``lora_in_magnitude``, lengths of columns; ``init``, where ``lora_A0`` and ``lora_B0``
-are there to be subtracted; and ``aliases``, the other names of a module that has several. A key
-that this reader doesn't know is refused: it may change what the tensors mean.
+are there to be subtracted; ``aliases``, the other names of a module that has several; and ``part``,
+the model of a pipeline that the layer is of, with which its name begins. A key that this reader
+doesn't know is refused: it may change what the tensors mean.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +44,7 @@ _KEYS = ("version", "adapter", "layers", "base")
 _BASE_KEYS = ("dtype", "samples")
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 _FLAGS = ("rslora", "dora", "dora_in", "bias", "tucker")
-_LAYER_KEYS = ("alpha", "kind", "rank", *_DROPOUTS, *_FLAGS, "init", "aliases")
+_LAYER_KEYS = ("alpha", "kind", "rank", *_DROPOUTS, *_FLAGS, "init", "aliases", "part")
 KINDS = ("linear", "conv", "embedding", "weight")
 RESERVED = ("format", "lora_core")
 
@@ -58,7 +58,7 @@ def encode(file: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, layer in file.layers.items():
         for part, tensor in layer.parts.items():
             tensors[_key(name, part)] = tensor
-        settings = (layer.kind, layer.config, layer.aliases)
+        settings = (layer.kind, layer.config, layer.aliases, layer.component)
         entry = alike.get(settings)
         if entry is None:
             entry = alike[settings] = _entry(name, layer)
@@ -81,6 +81,8 @@ def _entry(name: str, layer: AdapterLayer) -> dict[str, Any]:
         entry["init"] = config.init
     if layer.aliases:
         entry["aliases"] = list(layer.aliases)
+    if layer.component:
+        entry["part"] = layer.component
     return entry
 
 
@@ -169,17 +171,16 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             f"the factors of {listed([name])} disagree: lora_A {tuple(lora_A.shape)} {lora_A.dtype}"
             f", lora_B {tuple(lora_B.shape)} {lora_B.dtype}, described rank {rank!r}"
         )
-    seen = lora_A.shape[-1] if kind == "weight" else math.prod(lora_A.shape[1:])
-    if not config.tucker and rank > min(
-        seen, lora_B.shape[-2] if kind == "weight" else len(lora_B)
-    ):
-        raise ValueError(f"the rank {rank} of {listed([name])} exceeds its layer's sizes")
     aliases = entry.get("aliases", [])
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise ValueError(
             f"the aliases of {listed([name])} are {aliases!a}; a list of names is needed"
         )
-    return AdapterLayer(kind, config, parts, tuple(aliases))
+    part = entry.get("part", "")
+    if not isinstance(part, str) or (part and not name.startswith(f"{part}.")):
+        raise ValueError(f"{listed([name])} is said to be of the part {part!a}, which it is not")
+    path = name.removeprefix(f"{part}.") if part else ""
+    return AdapterLayer(kind, config, parts, tuple(aliases), component=part, path=path)
 
 
 def _check_keys(what: str, entry: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -1,15 +1,18 @@
 """The neutral form between files and models: an adapter without a model, whatever its format."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_core._config import AdapterConfig
+from lora_core._errors import ConfigError, listed
+from lora_core._formats.bases import rebased
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class AdapterLayer:
     """One module's adapter as a file holds it, its tensors in the layouts of the layers here.
 
@@ -44,6 +47,27 @@ class AdapterLayer:
     alpha_from: str = "the file"
     transposed: bool = False
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all is equal, the tensors bit for bit."""
+        if not isinstance(other, AdapterLayer):
+            return NotImplemented
+        mine, theirs = self.parts, other.parts
+        return (
+            all(
+                getattr(self, f.name) == getattr(other, f.name)
+                for f in fields(self)
+                if f.name != "parts"
+            )
+            and mine.keys() == theirs.keys()
+            and all(_is_same(mine[part], theirs[part]) for part in mine)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # as of what it holds
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{part} {tuple(t.shape)}" for part, t in self.parts.items())
+        return f"AdapterLayer({self.kind}, {parts}, {self.config})"
+
     @property
     def settings(self) -> AdapterConfig:
         """The settings of its factors, of a layer that has some."""
@@ -51,7 +75,7 @@ class AdapterLayer:
         return self.config
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Adapter:
     """An adapter outside any model: the neutral form between files and layers.
 
@@ -70,3 +94,34 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     format: str = "lora_core"
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {self.format}, {len(self.layers)} layers)"
+
+
+def part_of(adapter: Adapter, only: str | None, what: str) -> Adapter:
+    """The layers for one model of a pipeline; all where none is named.
+
+    Args:
+        adapter: The adapter.
+        only: The part, as "unet".
+        what: What to call the adapter in a message.
+
+    Raises:
+        ConfigError: If it has none for that part.
+    """
+    if only is None:
+        return adapter
+    parts = sorted({layer.component for layer in adapter.layers.values()})
+    if only not in parts:
+        raise ConfigError(
+            f"`only` must name a part of {what}, but is {only!r}; it has"
+            f" {listed([part or '(no part)' for part in parts])}."
+        )
+    layers = {name: layer for name, layer in adapter.layers.items() if layer.component == only}
+    base = rebased(adapter.base, adapter.layers, {name: name for name in layers})
+    return replace(adapter, layers=layers, base=base)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)

@@ -17,7 +17,6 @@ SPELLINGS = ("diffusers", "ldm")
 _PREFIXED = re.compile(rf"{COMPONENT}(?P<path>.+)")
 _UNET = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)_.+")
 _LDM = re.compile(r"(?:input_blocks|middle_block|output_blocks)[._]")
-_LDM = re.compile(r"(?:input_blocks|middle_block|output_blocks)[._]")
 _CLIP = re.compile(r"(?:text_model_)?encoder_layers_\d+_(?:self_attn|mlp)_.+")
 # transformers had this wrapper in all of CLIP's text encoders, and files name it
 _UNWRAPPED = re.compile(r"(?:encoder\.layers|embeddings|final_layer_norm)\.?.*")
