@@ -175,7 +175,9 @@ def _room(
 
 def _graft(candidate: Candidate, layer: AdapterLayer, room: int | None) -> Graft:
     weight = peek(candidate.module)
-    config = dataclasses.replace(layer.settings, reserve_rank=room)
+    config = layer.settings
+    if config.reserve_rank != room:
+        config = dataclasses.replace(config, reserve_rank=room)
     refusal = room and mixin_of(candidate.module).lora_refusal(candidate.module, config)  # type: ignore[arg-type]
     if refusal:
         raise ConfigError(f"A setting must fit its layer, but {refusal} at {candidate.name!r}.")

@@ -1,6 +1,6 @@
 """Changing many modules entirely or not at all, and the flags of what trained before."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,17 +10,19 @@ from torch import nn
 from lora_core._injection.guarding import settle
 from lora_core._layers import FROZEN, factor_names
 
-# a module, its class, attributes, parameters, children and hooks, and the parameters' flags and
+# a module, its class, attributes, children and hooks, and its parameters with their flags and
 # gradients
 _Snapshot = tuple[
     nn.Module,
     type[nn.Module],
     dict[str, Any],
-    dict[str, nn.Parameter | None],
-    dict[str, nn.Module | None],
-    dict[int, Any],
-    list[tuple[nn.Parameter, bool, torch.Tensor | None]],
+    Mapping[str, nn.Module | None],
+    Mapping[int, Any],
+    dict[str, tuple[nn.Parameter, bool, torch.Tensor | None] | None],
 ]
+
+
+_NONE: Mapping[Any, Any] = {}
 
 
 @contextmanager
@@ -37,16 +39,19 @@ def all_or_nothing(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[N
 
 
 def _snapshot(module: nn.Module) -> _Snapshot:
-    parameters = module._parameters
-    flags = [(p, p.requires_grad, p.grad) for p in parameters.values() if p is not None]
-    hooks = dict(module._forward_pre_hooks)
-    children = dict(module._modules)
-    return module, type(module), dict(vars(module)), dict(parameters), children, hooks, flags
+    parameters = {
+        key: None if p is None else (p, p.requires_grad, p.grad)
+        for key, p in module._parameters.items()
+    }
+    # most have none: thousands of empty dicts cost the collector dear
+    hooks = dict(module._forward_pre_hooks) if module._forward_pre_hooks else _NONE
+    children = dict(module._modules) if module._modules else _NONE
+    return module, type(module), dict(vars(module)), children, hooks, parameters
 
 
 def _restore(before: Sequence[_Snapshot]) -> None:
-    for module, cls, attributes, parameters, children, hooks, flags in before:
-        for p, flag, grad in flags:
+    for module, cls, attributes, children, hooks, parameters in before:
+        for p, flag, grad in filter(None, parameters.values()):
             p.requires_grad_(flag)
             p.grad = grad
         if isinstance(module, torch.jit.ScriptModule):
@@ -55,7 +60,7 @@ def _restore(before: Sequence[_Snapshot]) -> None:
         vars(module).clear()
         vars(module).update(attributes)
         module._parameters.clear()
-        module._parameters.update(parameters)
+        module._parameters.update({key: p and p[0] for key, p in parameters.items()})
         module._modules.clear()
         module._modules.update(children)
         module._forward_pre_hooks.clear()

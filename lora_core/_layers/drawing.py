@@ -1,7 +1,7 @@
 """The tensors of a fresh adapter."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,11 @@ def _values(
     rank, room, batch = config.rank, config.room, shapes["lora_A"][:-2] * (mixin is LoRAWeight)
     down = size if not config.tucker else shapes["lora_A"][1]
     by_values = config.subtracted
-    matrix = mixin.lora_matrix(weight) if by_values else torch.empty(out, down, device="meta")
-    matrices = matrix.reshape(-1, *matrix.shape[-2:]) if batch and by_values else [matrix]
+    # but for what is made from the weight's values, its shape is enough
+    matrices: Sequence[Tensor | Sequence[int]] = [(out, down)] * math.prod(batch)
+    if by_values:
+        matrix = mixin.lora_matrix(weight)
+        matrices = list(matrix.reshape(-1, *matrix.shape[-2:])) if batch else [matrix]
     drawn = [
         functional.initial_factors(
             config.init,
@@ -75,14 +78,15 @@ def _values(
             covariance=covariance,
             fan_in=mixin.lora_fan_in(down),
         )
-        for m in (matrices if by_values else [matrix] * math.prod(batch))
+        for m in matrices
     ]
-    lora_A, lora_B = torch.zeros(*batch, room, down), torch.zeros(*batch, out, room)
-    lora_A[..., :rank, :] = torch.stack([A for A, _ in drawn]).view(*batch, rank, down)
-    lora_B[..., :rank] = torch.stack([B for _, B in drawn]).view(*batch, out, rank)
-    values = {part: torch.zeros(shape) for part, shape in shapes.items()}
-    values["lora_A"] = lora_A.view(shapes["lora_A"])
-    values["lora_B"] = lora_B.view(shapes["lora_B"])
+    # a copy each: what was drawn may be a part of something larger
+    lora_A, lora_B = torch.stack([A for A, _ in drawn]), torch.stack([B for _, B in drawn])
+    if room > rank:
+        lora_A = nn.functional.pad(lora_A, (0, 0, 0, room - rank))
+        lora_B = nn.functional.pad(lora_B, (0, room - rank))
+    values = {"lora_A": lora_A.view(shapes["lora_A"]), "lora_B": lora_B.view(shapes["lora_B"])}
+    values |= {part: torch.zeros(shape) for part, shape in shapes.items() if part not in values}
     if config.tucker:
         core = values["lora_mid"][:rank, :rank]
         bound = 1 / math.sqrt(core[0].numel())

@@ -27,13 +27,18 @@ def mixin_for(module: nn.Module | Slot) -> type[LoRAMixin] | None:
         return type(module)
     if isinstance(module, Slot):
         return LoRAWeight
-    for kind, mixin in KINDS.items():
-        if isinstance(module, kind):
-            return mixin
+    kind = _kind_of(module)
+    if kind is not None:
+        return KINDS[kind]
     # transformers' Conv1D, known by its looks so that transformers need not be installed
     weight = getattr(module, "weight", None)
     looks = type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
     return TransposedLoRAMixin if looks and hasattr(module, "nf") else None
+
+
+def _kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class that is adapted among those that a module's class derives from."""
+    return next((kind for kind in type(module).__mro__ if kind in KINDS), None)
 
 
 def mixin_of(module: nn.Module | Slot) -> type[LoRAMixin]:
@@ -66,22 +71,26 @@ def why_not(module: nn.Module | Slot) -> str:
             "has a `forward` patched onto the instance (offloading hooks do this), which would"
             " bypass the adapter. Remove that patch, adapt, and put it back."
         )
-    if getattr(module, "max_norm", None) is not None:
+    # an attribute that is looked up in vain takes long on a module
+    places = (vars(module), module._buffers, module._parameters)
+    known = any("max_norm" in place for place in places) or hasattr(type(module), "max_norm")
+    if known and module.max_norm is not None:
         return (
             "has a `max_norm`, which rewrites rows of its weight in every forward. Renormalise the"
             " table once, set `max_norm = None`, and adapt it then."
         )
     if any(vars(m).get("lora_owner") for m in module._modules.values() if m is not None):
         return "has an adapter on a parameter of its own. Eject that first, or exclude the layer."
-    weight = getattr(module, "weight", None) if _has_own_forward(module) else peek(module)
-    if _has_own_forward(module) and isinstance(weight, Tensor) and not _is_sharded(weight):
+    own = _has_own_forward(module)
+    weight = getattr(module, "weight", None) if own else peek(module)
+    if own and isinstance(weight, Tensor) and not _is_sharded(weight):
         return ""  # whatever the weight is stored as, the host's forward knows
     return _why_not_weight(weight)
 
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a subclass computes its output itself, as layers with 4-bit weights do."""
-    kind = next((kind for kind in KINDS if isinstance(module, kind)), None)
+    kind = _kind_of(module)
     host = module.host_class if isinstance(module, LoRAMixin) else type(module)
     return kind is not None and host.forward is not kind.forward
 
@@ -107,43 +116,44 @@ def layer_config(
     module: nn.Module | Slot, settings: Mapping[str, Any], where: str = ""
 ) -> AdapterConfig:
     """Checks the settings for one layer and fills in what follows from the layer."""
-    given = dict(settings)
-    rank = check_rank(given.pop("rank"), *sizes(module), where)
+    given, mixin = dict(settings), mixin_of(module)
+    size, out = mixin.lora_sizes(module)  # type: ignore[arg-type]
+    rank = check_rank(given.pop("rank"), size, out, where)
     reserve, alpha = given.pop("reserve_rank", None), given.pop("alpha", None)
     if reserve is not None:
-        reserve = check_rank(reserve, *sizes(module), where, what="reserve_rank")
+        reserve = check_rank(reserve, size, out, where, what="reserve_rank")
         if reserve < rank:
             raise ConfigError(
                 f"`reserve_rank` must be at least the rank {rank}, but is {reserve}{where}."
             )
-    if check_alpha(alpha, rank) == 0:  # a file may hold it: what was saved comes back
+    numerator = check_alpha(alpha, rank)
+    if numerator == 0:  # a file may hold it: what was saved comes back
         raise ConfigError(
             f"`alpha` must not be 0, but is {alpha!r}{where}: the adapter could have no effect and"
             " no gradient. Use `scales` to turn an adapter off."
         )
-    wide = wide_dtype(peek(module))
+    weight = peek(module)
     config = AdapterConfig(
         rank=rank,
-        alpha=check_alpha(alpha, rank),
+        alpha=numerator,
         dropout=check_dropout(given.pop("dropout", 0.0)),
-        dtype=check_dtype(given.pop("dtype", None)) or wide,
+        dtype=check_dtype(given.pop("dtype", None)) or wide_dtype(weight),
         rank_dropout=check_dropout(given.pop("rank_dropout", 0.0), "rank_dropout"),
         module_dropout=check_dropout(given.pop("module_dropout", 0.0), "module_dropout"),
         init=check_init(given.pop("init", "kaiming")),
         reserve_rank=reserve,
         **{what: check_flag(what, value) for what, value in given.items()},
     )
-    refusal = mixin_of(module).lora_refusal(module, config) or _unreadable(module, config)  # type: ignore[arg-type]
+    refusal = mixin.lora_refusal(module, config) or _unreadable(weight, config)  # type: ignore[arg-type]
     if refusal:
         raise ConfigError(f"A setting must fit its layer, but {refusal}{where}.")
     return config
 
 
-def _unreadable(module: nn.Module | Slot, config: AdapterConfig) -> str:
+def _unreadable(weight: Tensor, config: AdapterConfig) -> str:
     """Which setting needs values of the weight that can't be read; "" if none."""
-    weight = peek(module)
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if config.dora or config.subtracted:
+        plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
         what = "`dora=True`" if config.dora else f"`init={config.init!r}`"
         if not plain:
             found = f"a {type(weight).__name__} of {weight.dtype}"
