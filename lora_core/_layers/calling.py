@@ -86,13 +86,14 @@ def changing(*layers: nn.Module) -> Iterator[None]:
 
     Calls in other threads that begin meanwhile wait, and those under way run again: see `settled`.
     """
+    begun, over = Change(threading.get_ident()), Change(None)
     try:
         for layer in layers:
-            vars(layer)["lora_changes"] = Change(threading.get_ident())
+            vars(layer)["lora_changes"] = begun
         yield
     finally:
         for layer in layers:
-            vars(layer)["lora_changes"] = Change(None)
+            vars(layer)["lora_changes"] = over
 
 
 @contextmanager

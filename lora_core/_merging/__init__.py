@@ -114,7 +114,7 @@ def unmerge(model: nn.Module) -> MergeReport:
             f"`unmerge` must stand outside `with disabled(model)`, but {listed(hidden)} is hidden"
             " by one. Leave it first."
         )
-    with at_rest(layers.values()), ExitStack() as undo:
+    with at_rest(layers.values()), changing(*layers.values()), ExitStack() as undo:
         for name, layer in layers.items():
             bias = None if states[name].bias is None else layer.lora_held_bias()
             undo.callback(put, layer, own_weight(layer), layer.lora_held(), bias, states[name])
@@ -135,18 +135,17 @@ def _merge_reversibly(
     biases = {n: _new_bias(n, m) for n, m in layers.items()}
     kept = {n: m.lora_held() if keep is None else m.lora_held().to(keep) for n, m in layers.items()}
     loss = losses.finish()
-    with ExitStack() as undo:
+    with changing(*layers.values()), ExitStack() as undo:
         for name, layer in layers.items():
             own, bias = own_weight(layer), biases[name]
             old_bias = None if bias is None else layer.lora_held_bias()
             undo.callback(put, layer, own, layer.lora_held(), old_bias, None)
             untied = own if name in tied else None
             state = Merged(strengths_of(layer), kept[name], None, untied, old_bias)
-            with changing(layer):
-                if name in tied:
-                    layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
-                layer.lora_put(new[name], bias)
-                layer.lora_merged = state
+            if name in tied:
+                layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
+            layer.lora_put(new[name], bias)
+            layer.lora_merged = state
         undo.pop_all()
     return loss
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lora_core._layers import LoRAMixin, Merged, changing
+from lora_core._layers import LoRAMixin, Merged
 
 
 def strengths_of(layer: LoRAMixin) -> dict[str, float]:
@@ -38,20 +38,18 @@ def put(
 ) -> None:
     """Gives a layer this Parameter, with these values, and this state, in place."""
     home, key = layer.lora_home()
-    with changing(layer):
-        home._parameters[key] = own
-        layer.lora_put(values, bias)
-        layer.lora_merged = state
+    home._parameters[key] = own
+    layer.lora_put(values, bias)
+    layer.lora_merged = state
 
 
 def restore(layer: LoRAMixin, state: Merged) -> None:
     """Gives a layer its own values back, in place."""
     assert state.kept is not None
-    with changing(layer):
-        if state.parameter is not None:  # the shared Parameter was never written
-            layer._parameters["weight"] = state.parameter
-            if state.bias is not None:
-                layer.lora_put(state.parameter.data, state.bias)
-        else:
-            layer.lora_put(state.kept, state.bias)
-        layer.lora_merged = None
+    if state.parameter is not None:  # the shared Parameter was never written
+        layer._parameters["weight"] = state.parameter
+        if state.bias is not None:
+            layer.lora_put(state.parameter.data, state.bias)
+    else:
+        layer.lora_put(state.kept, state.bias)
+    layer.lora_merged = None
