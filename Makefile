@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test fuzz interop kernels check check-rest format lint types contracts coverage bench bench-smoke clean
+.PHONY: help demo test slow fuzz interop kernels check check-rest format lint types contracts coverage bench bench-smoke clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,8 +24,11 @@ $(VENV)/.%: $(VENV)/.torch pyproject.toml constraints.txt
 demo: $(VENV)/.demo  ## teach the shipped digit model a style and draw it, in lora-core-demo/
 	$(BIN)/python -m lora_core demo --force
 
-test: $(VENV)/.test  ## the tests, doctests of docstrings and Markdown included
-	$(BIN)/python -m coverage run -m pytest
+test: $(VENV)/.test  ## the tests but the slow ones, doctests of docstrings and Markdown included
+	$(BIN)/python -m coverage run -m pytest -m "not slow"
+
+slow: $(VENV)/.test  ## the tests that take seconds each: processes, kills, benchmarks, the demo
+	$(BIN)/python -m coverage run -m pytest -m slow
 
 fuzz: $(VENV)/.test  ## 20,000 damaged files, each loaded whole or refused whole; takes minutes
 	$(BIN)/python -m tests.fuzz --files 20000 --minutes 10
@@ -38,7 +41,7 @@ kernels: $(VENV)/.test $(VENV)/.kernels  ## the GPU kernels, interpreted and com
 
 check: test check-rest  ## everything that must hold before a change lands
 
-check-rest: format lint types contracts kernels coverage bench-smoke interop  ## what `check` does after the tests
+check-rest: slow format lint types contracts kernels coverage bench-smoke interop  ## what `check` does after the tests
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -16,6 +16,8 @@ import torch
 from lora_core._cli.completing import commands_of, options_of
 from lora_core._cli.parsing import parser
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 PEFT = GOLDEN / "peft" / "linear"
 PROGRAM = (sys.executable, "-m", "lora_core")
@@ -41,7 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code"),
     [

@@ -19,6 +19,8 @@ from lora_core.demo.measures import recognised, stroke_width, stroke_widths, sty
 from lora_core.demo.training import Studio, style_images, train
 from lora_core.models import pretrained
 
+pytestmark = pytest.mark.slow
+
 FILES = {"styles.png", "loss.png", "style.safetensors", "report.json"}
 
 

@@ -29,6 +29,8 @@ from benchmarks.contenders import (
 from benchmarks.goals import Goal, judge, losses
 from benchmarks.measure import Rounds, Work
 
+pytestmark = pytest.mark.slow
+
 SMALL = Case("small", 40, 24, 16, 3)
 OWN = [name for name in NAMES if name not in PEERS]
 

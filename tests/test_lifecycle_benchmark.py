@@ -15,6 +15,8 @@ from benchmarks.contenders import OURS, PEFT
 from benchmarks.lives import CASES, IN_PLACE, PASS, QUICK, VERBS, Cost, Life, live, missing_package
 from benchmarks.measure import peak_bytes
 
+pytestmark = pytest.mark.slow
+
 
 def quiet(_: str) -> None:
     pass
