@@ -23,7 +23,7 @@ from lora_core import (
     save,
     unmerge,
 )
-from lora_core._injection import guarding, surgery
+from lora_core._injection import guarding, transactions
 from lora_core.testing import check_lora
 
 # -- state dicts
@@ -234,7 +234,7 @@ def test_a_failure_while_guarding_undoes_the_whole_injection(
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(surgery, "settle", failing)
+    monkeypatch.setattr(transactions, "settle", failing)
     verb: Callable[..., object] = inject
     with pytest.raises(KeyboardInterrupt):
         verb(model, rank=2, targets="linear1")

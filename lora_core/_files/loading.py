@@ -91,7 +91,7 @@ def load(
         >>> base, bare = nn.Linear(3, 5), nn.Linear(3, 5)
         >>> _ = bare.load_state_dict(base.state_dict())
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = save(lora_core.LoRALinear(base, rank=2), f"{folder}/style.safetensors")
+        ...     _ = lora_core.save(lora_core.LoRALinear(base, rank=2), f"{folder}/style.safetensors")
         ...     load(bare, f"{folder}/style.safetensors", name="style").layers[0].rank
         2
     """
