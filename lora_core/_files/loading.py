@@ -90,8 +90,9 @@ def load(
         >>> import tempfile, lora_core
         >>> base, bare = nn.Linear(3, 5), nn.Linear(3, 5)
         >>> _ = bare.load_state_dict(base.state_dict())
+        >>> trained = lora_core.LoRALinear(base, rank=2)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = lora_core.save(lora_core.LoRALinear(base, rank=2), f"{folder}/style.safetensors")
+        ...     _ = lora_core.save(trained, f"{folder}/style.safetensors")
         ...     load(bare, f"{folder}/style.safetensors", name="style").layers[0].rank
         2
     """
