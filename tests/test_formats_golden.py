@@ -17,15 +17,8 @@ from lora_core._errors import ConfigError, UnsupportedFileError
 from lora_core._formats import Adapter, read
 from lora_core._formats.deltas import dense_delta
 from lora_core._formats.naming import Host, Resolution, resolve
+from tests.golden import COMPONENTS, GOLDEN, cases, file_of
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
-NAMES = ("lora.safetensors", "lycoris.safetensors", "pytorch_lora_weights.safetensors", "lora.pt")
-CASES = sorted(
-    str(case.parent.relative_to(GOLDEN))
-    for case in GOLDEN.glob("*/*/case.json")
-    if not case.parent.name.startswith("refuse_")
-)
-COMPONENTS = {"te1": "text_encoder", "te2": "text_encoder_2"}
 TRAPS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "traps" / "traps.json").read_text())
 UNET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -69,9 +62,7 @@ def resolved(adapter: Adapter, weights: dict[str, dict[str, Tensor]]) -> Resolut
 
 def read_case(case: Path, about: dict[str, Any]) -> Adapter:
     """The case's adapter, with what its format doesn't store."""
-    if about["peer"] == "peft":
-        return read(case)
-    path = next(case / name for name in NAMES if (case / name).exists())
+    path = file_of(case, about)
     if about["peer"] != "loralib":
         return read(path)
     alphas = about["r_alpha_of_each_layer (not in the file!)"]
@@ -102,7 +93,7 @@ def deltas(
         yield f"{prefix}.{path}.weight".lstrip("."), delta
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases())
 def test_a_peers_file_gives_the_deltas_that_the_peer_computed(name: str) -> None:
     case = GOLDEN / name
     about = json.loads((case / "case.json").read_text())

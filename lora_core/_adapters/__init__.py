@@ -8,6 +8,7 @@ from lora_core._adapters.listing import (
     layers_with,
     parameters,
     summary,
+    without_base,
 )
 from lora_core._adapters.pinning import checkpoint_context, pinned
 from lora_core._adapters.scopes import disabled
@@ -25,4 +26,5 @@ __all__ = [
     "pinned",
     "scales",
     "summary",
+    "without_base",
 ]

@@ -34,6 +34,13 @@ def adapter_names(layers: Mapping[str, LoRAMixin]) -> list[str]:
     return list(dict.fromkeys(name for layer in layers.values() for name in layer.lora_configs))
 
 
+def without_base(layers: Mapping[str, LoRAMixin]) -> list[str]:
+    """Those whose original weights are gone: merged with ``reversible=False``."""
+    return [
+        n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is None
+    ]
+
+
 def layers_with(model: nn.Module, name: str | None) -> dict[str, LoRAMixin]:
     """The layers that carry adapter `name`, or any adapter where it is None.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lora_core._adapters.listing import layers_with
+from lora_core._adapters.listing import layers_with, without_base
 from lora_core._config import AdapterConfig
 from lora_core._errors import MergeError, listed
 from lora_core._layers import LoRAMixin, Selection, Strength, peek, refuse_pinned
@@ -183,9 +183,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         MergeError: If it was merged with ``reversible=False``: the base is gone.
     """
     layers = layers_with(model, None)
-    gone = [
-        n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is None
-    ]
+    gone = without_base(layers)
     if gone:
         raise MergeError(
             f"`disabled` must have the original weights, but {listed(gone)} was merged with"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lora_core._errors import MismatchError, listed
 from lora_core._formats import Adapter
-from lora_core._formats.spelling import Place, parted, places
+from lora_core._formats.spelling import Place, places_of
 
 _WRAPPER = "text_model"  # around CLIP's text encoders to some programs, and not to others
 
@@ -56,7 +56,7 @@ _Names = dict[_Key, str]
 def _paired(adapter: Adapter) -> _Names:
     return _unique(
         (_Key(place._replace(path=_unwrapped(place)), adapter.layers[name].config is None), name)
-        for name, place in parted(places(adapter.layers)).items()
+        for name, place in places_of(adapter.layers).items()
     )
 
 

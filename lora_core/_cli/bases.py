@@ -9,7 +9,7 @@ from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.fitting import fitted
 from lora_core._formats.naming import Host, Resolution, resolve
-from lora_core._formats.spelling import Place, parted, places
+from lora_core._formats.spelling import places_of
 from lora_core._layers import PROJECTIONS
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -73,11 +73,6 @@ def _shapes(path: Path) -> Shapes:
     return {name: entry.shape for name, entry in open_checkpoint(path).entries.items()}
 
 
-def places_of(adapter: Adapter) -> dict[str, Place]:
-    """Where each layer belongs, as far as the adapter or its names say."""
-    return parted(places(adapter.layers))
-
-
 def named(adapter: Adapter, bases: Mapping[str, Shapes], where: str) -> Adapter:
     """The adapter with each layer under the dotted name of its module, and as that carries it.
 
@@ -91,7 +86,7 @@ def named(adapter: Adapter, bases: Mapping[str, Shapes], where: str) -> Adapter:
     """
     placed = {
         name: replace(adapter.layers[name], **place._asdict())
-        for name, place in places_of(adapter).items()
+        for name, place in places_of(adapter.layers).items()
     }
     adapter = replace(adapter, layers=placed)
     counted = [name for name, layer in adapter.layers.items() if layer.spelling == "index"]

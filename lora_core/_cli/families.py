@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lora_core._cli.bases import places_of
 from lora_core._formats import Adapter, AdapterLayer
+from lora_core._formats.spelling import places_of
 
 _UNET = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)_.+")
 _XL_ONLY = re.compile(
@@ -46,7 +46,7 @@ def family_of(adapter: Adapter) -> Family:
 
 
 def _told(adapter: Adapter) -> tuple[str, str]:
-    found = places_of(adapter)
+    found = places_of(adapter.layers)
     stems = {name: place.stem for name, place in found.items()}
     parts = {place.component for place in found.values()}
     unet = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_core._adapters import adapter_names, layers_with
+from lora_core._adapters import adapter_names, layers_with, without_base
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
 from lora_core._files.models import as_models, whole
@@ -113,9 +113,7 @@ def adapter_of(
                 f"`name` must say which adapter to save, but the model has {listed(known)}."
             )
         name = known[0]
-    gone = [
-        n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is None
-    ]
+    gone = without_base(layers)
     if gone:
         raise MergeError(
             f"An adapter must be saved with its base at hand, but {listed(gone)} was merged with"

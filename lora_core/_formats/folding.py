@@ -11,6 +11,7 @@ from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError
 from lora_core._formats.neutral import AdapterLayer
+from lora_core._layers import LoRAMixin, LoRAWeight
 
 
 def folded(name: str, layer: AdapterLayer) -> AdapterLayer:
@@ -54,12 +55,8 @@ def without_first(layer: AdapterLayer) -> AdapterLayer:
     """The first factors, which are subtracted, as a part of plain ones of twice the rank."""
     config, parts = layer.settings, dict(layer.parts)
     names = ("lora_A", "lora_B", "lora_A0", "lora_B0")
-    A, B, A0, B0 = (_wide(parts.pop(part)) for part in names)
-    if layer.kind == "weight":  # a batch of matrices, perhaps
-        A, A0, B, B0 = A.movedim(-2, 0), A0.movedim(-2, 0), B.movedim(-1, 1), B0.movedim(-1, 1)
-    down, up = functional.subtracted(A, B, A0, B0)
-    if layer.kind == "weight":
-        down, up = down.movedim(0, -2), up.movedim(1, -1)
+    mixin = LoRAWeight if layer.kind == "weight" else LoRAMixin
+    down, up = mixin.lora_subtracted(*(_wide(parts.pop(part)) for part in names))
     parts |= {"lora_A": down.to(config.dtype), "lora_B": up.to(config.dtype)}
     rank = 2 * config.rank
     return _with(layer, parts, rank=rank, alpha=config.scale * rank, rslora=False, init="kaiming")

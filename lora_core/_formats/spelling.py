@@ -60,6 +60,11 @@ def places(layers: Mapping[str, AdapterLayer]) -> dict[str, Place]:
     return {n: Place(x.component, x.path or n, x.spelling) for n, x in layers.items()}
 
 
+def places_of(layers: Mapping[str, AdapterLayer]) -> dict[str, Place]:
+    """Where each layer belongs, as far as the adapter or all its names say."""
+    return parted(places(layers))
+
+
 def parted(found: Mapping[str, Place]) -> dict[str, Place]:
     """The places with the components that all names of an adapter begin with, if all do.
 

@@ -16,8 +16,7 @@ from lora_core._formats.spelling import (
     Place,
     check_dotted,
     check_names,
-    parted,
-    places,
+    places_of,
     recognised,
     respelled,
 )
@@ -34,7 +33,7 @@ def file(adapter: Adapter) -> Encoded:
         ConfigError: If a module can't be named, or PEFT has one setting for what differs.
     """
     layers = {name: scaled(name, layer) for name, layer in adapter.layers.items()}
-    found = parted(places(layers))
+    found = places_of(layers)
     check_dotted(found, "diffusers")
     found = respelled(recognised(found, "diffusers"), "diffusers")
     names = {name: f"{place.component}.{place.path}" for name, place in found.items()}

@@ -16,8 +16,7 @@ from lora_core._formats.spelling import (
     check_dotted,
     check_names,
     family,
-    parted,
-    places,
+    places_of,
     recognised,
     respelled,
 )
@@ -56,7 +55,7 @@ def file(
     """
     layers = {name: _scaled(name, layer) for name, layer in adapter.layers.items()}
     about = dict(adapter.metadata)
-    found = parted(places(layers))
+    found = places_of(layers)
     check_dotted(found, format, ("dotted", "stem"))
     if format == "kohya":
         found = recognised(found, format)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import functional
-from lora_core._adapters import layers_with
+from lora_core._adapters import layers_with, without_base
 from lora_core._errors import MergeError, listed
 from lora_core._layers import LoRAMixin, Merged, at_rest, changing, refuse_pinned
 from lora_core._merging.checking import check_factors, check_merged, read
@@ -96,7 +96,7 @@ def unmerge(model: nn.Module) -> MergeReport:
     if not layers:
         raise MergeError("The model must be merged to be unmerged, but no layer is.")
     states = {n: m.lora_merged for n, m in layers.items() if m.lora_merged is not None}
-    gone = [n for n, state in states.items() if state.kept is None]
+    gone = without_base(layers)
     if gone:
         raise MergeError(
             f"`unmerge` must have the original weights, but {listed(gone)} was merged with"
