@@ -1274,7 +1274,7 @@ _SCRIPT = """
 import sys
 from pathlib import Path
 import torch, safetensors.torch
-from lora_core import Adapter, merge_file
+from lora_core import Adapter, extract, merge_file
 from lora_core._config import AdapterConfig
 from lora_core._formats import AdapterLayer
 
@@ -1289,31 +1289,65 @@ def adapter(layers, width):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account")
-def test_the_peak_of_memory_is_a_few_tensors(tmp_path: Path) -> None:
-    layers, width = 24, 1024  # of 4 MiB each
-    weights = {f"l{i}.weight": torch.zeros(width, width) for i in range(layers)}
-    safetensors.torch.save_file(weights, tmp_path / "base.safetensors")
-    small = {"l0.weight": torch.zeros(8, 8)}
-    safetensors.torch.save_file(small, tmp_path / "small.safetensors")
-    script = _SCRIPT + textwrap.dedent("""
-        def peak():  # of this process alone: getrusage counts what the parent had before it
+def peak_of(
+    call: str, folder: Path, layers: int, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """How far memory grew in a process of its own, in tensors: at most, and at the end."""
+    script = _SCRIPT + textwrap.dedent(f"""
+        def memory(what):  # of this process alone: getrusage counts what the parent had before it
             lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(l.split()[1]) * 1024 for l in lines if l.startswith("VmHWM"))
+            return next(int(l.split()[1]) * 1024 for l in lines if l.startswith(what))
 
-        merge_file(folder / "small.safetensors", adapter(1, 8), folder / "warm")
-        before = peak()
-        merge_file(folder / "base.safetensors", adapter(layers, width), folder / "out")
-        print(peak() - before)
+        def act(name, layers, width):
+            {call}
+
+        act("small", 1, 64)
+        before = memory("VmRSS")
+        kept = act("large", layers, width)
+        print(memory("VmHWM") - before, memory("VmRSS") - before)
     """)
+    for name, count, size in (("small", 1, 64), ("large", layers, width)):
+        # a file after another: this process need not hold them either
+        for side, value in (("", 0.0), ("-tuned", 0.5)):
+            some = torch.full((size, size), value, dtype=dtype)
+            some[:2] = torch.randn(2, size).to(dtype)
+            weights = {f"l{i}.weight": some.clone() for i in range(count)}
+            safetensors.torch.save_file(weights, folder / f"{name}{side}.safetensors")
     ran = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), str(layers), str(width)],
+        [sys.executable, "-c", script, str(folder), str(layers), str(width)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    tensor = 4 * width**2
-    assert tensor <= int(ran.stdout) < 6 * tensor  # the file has 24
-    assert torch.equal(file_state(tmp_path / "out")["l23.weight"], torch.full((width, width), 2.0))
+    most, last = map(int, ran.stdout.split())
+    return most / (some.nbytes), last / some.nbytes
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads Linux's own account"
+)
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_into_a_file_takes_the_memory_of_one_tensor(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    call = 'merge_file(folder / f"{name}.safetensors", adapter(layers, width), folder / f"{name}2")'
+    most, _ = peak_of(call, tmp_path, 6, 4096, dtype)  # of 64 or 32 MiB each
+    assert 1 <= most < 1.5
+    merged = file_state(tmp_path / "large2")
+    base = safetensors.torch.load_file(tmp_path / "large.safetensors")
+    assert torch.equal(merged["l5.weight"], base["l5.weight"] + 2)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_what_extract_needs_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    files = 'folder / f"{name}.safetensors", folder / f"{name}-tuned.safetensors"'
+    call = f"return extract({files}, rank=4, svd='randomised')"
+    most, last = peak_of(call, tmp_path, 40, 2048)  # of 16 MiB each
+    assert 2 <= most < 7
+    assert last < 5
 
 
 @pytest.mark.slow

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_core
+from benchmarks.measure import peak_bytes
 from lora_core import LoRALinear, MergeError, UnsupportedLayerError
+from lora_core._merging import writing
+from lora_core._merging.writing import product_of
 from lora_core.testing.laws import train_pretend
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -238,17 +241,63 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+class Conv1D(nn.Module):
+    """As transformers' own: a linear layer that stores its matrix (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+LARGE = {
+    "linear": lambda: nn.Linear(900, 1300),
+    "fewer rows than a piece": lambda: nn.Linear(9000, 100),
+    "conv": lambda: nn.Conv2d(100, 1100, 3),
+    "depthwise": lambda: nn.Conv2d(60000, 60000, 3, groups=60000),
+    "embedding": lambda: nn.Embedding(1300, 900),
+    "conv1d": lambda: Conv1D(900, 1300),
+}
+
+
+def large(kind: str, dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(LARGE[kind]()).to(dtype)
+    lora_core.inject(model, rank=1 if kind == "depthwise" else 3, targets="0")
+    train_pretend(model, "default")
+    return model.eval()
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rows", [1300, 1100, 1000])
-def test_a_weight_that_is_merged_in_pieces_is_as_by_one_product(dtype, rows) -> None:
-    layer = LoRALinear(nn.Linear(900, rows, dtype=dtype), rank=3).eval()
-    train_pretend(layer, "default")
-    lora_A, lora_B = layer.lora_factors("default")
-    whole = torch.addmm(layer.weight, lora_B * layer.lora_configs["default"].scale, lora_A)
-    lora_core.merge(layer)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_weight_that_is_merged_in_pieces_is_as_by_one_product(
+    kind: str, dtype: torch.dtype
+) -> None:
+    model, twin = large(kind, dtype), large(kind, dtype)
+    pieces = product_of(model[0])._pieces()
+    assert len(list(pieces)) > 1 or kind == "fewer rows than a piece"
+    whole = model[0].weight.double() + model[0].lora_delta().double()
+    lora_core.merge(model)
     few_ulps = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(layer.weight.detach(), whole.detach(), rtol=few_ulps, atol=few_ulps)
+    found = model[0].weight.detach().double()
+    torch.testing.assert_close(found, whole.detach(), rtol=few_ulps, atol=few_ulps)
+    lora_core.merge(twin, reversible=False)
+    assert torch.equal(twin[0].weight, model[0].weight)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [kind for kind in LARGE if kind != "fewer rows than a piece"])
+def test_a_large_weight_is_merged_in_place_in_less_than_another_of_it(
+    kind: str, dtype: torch.dtype
+) -> None:
+    model = large(kind, dtype)
+    peak = peak_bytes(lambda: lora_core.merge(model, reversible=False))
+    assert 0 < peak < model[0].weight.nbytes
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -517,7 +566,14 @@ def test_an_interrupt_at_any_line_leaves_the_whole_model_before_or_after(verb: s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(
+    dtype: torch.dtype, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if pieces > 1:
+        for name, value in {"_PIECE": 1, "_WHOLE": 1, "_ROWS": 2}.items():
+            monkeypatch.setattr(writing, name, value)
+    assert len(list(product_of(adapted(dtype, layers=1)[0])._pieces())) == pieces
     at, hit = 0, True
     while hit:
         at += 1

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import lora_core
 from lora_core import _merging, models
+from lora_core._layers import LoRAMixin
+from lora_core._merging.writing import Product, product_of
 from lora_core.testing import LawError, check_lora, laws
 
 
@@ -87,12 +89,9 @@ def test_a_layer_without_effect_is_named() -> None:
         check_lora(model, torch.ones(2, 4), targets=["0", "1"], rank=1)
 
 
-def broken_merge(layer: lora_core.LoRALinear) -> tuple[Tensor, ...]:
-    lora_A, lora_B, asked = original_factors(layer)
-    return lora_A, 2 * lora_B, asked
-
-
-original_factors = _merging._scaled
+def broken_merge(layer: LoRAMixin) -> Product | None:
+    product = product_of(layer)
+    return product and product._replace(lora_B=2 * product.lora_B)
 
 
 def then(verb: Callable[..., object], harm: Callable[[nn.Module], object]) -> Callable[..., object]:
@@ -116,7 +115,7 @@ def nudge(p: Tensor) -> None:
     [
         (
             _merging,
-            "_scaled",
+            "product_of",
             broken_merge,
             "^law broken: merging keeps the function; layer '0'$",
         ),

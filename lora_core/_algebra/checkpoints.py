@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +35,7 @@ _OTHERS = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _BLOCK = 2**20  # bytes copied at a time
+_ALIGNED = 64  # bytes that torch aligns a tensor to
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +157,18 @@ def _entries(path: Path) -> dict[str, Entry]:
     }
 
 
-def read_bytes(file: BinaryIO, entry: Entry) -> bytearray:
-    """The bytes of one tensor.
+def read_bytes(file: BinaryIO, entry: Entry) -> memoryview:
+    """The bytes of one tensor, where torch itself might have put them.
+
+    Products of numbers at other places might be rounded otherwise.
 
     Raises:
         CorruptFileError: If the file has become shorter.
     """
-    data = bytearray(entry.stop - entry.start)
+    size = entry.stop - entry.start
+    room = bytearray(size + _ALIGNED)
+    first = -torch.frombuffer(room, dtype=torch.uint8).data_ptr() % _ALIGNED
+    data = memoryview(room)[first : first + size]
     file.seek(entry.start)
     if file.readinto(data) != len(data):  # type: ignore[attr-defined]
         raise CorruptFileError(
@@ -172,7 +178,7 @@ def read_bytes(file: BinaryIO, entry: Entry) -> bytearray:
     return data
 
 
-def as_tensor(entry: Entry, data: bytearray) -> Tensor:
+def as_tensor(entry: Entry, data: memoryview) -> Tensor:
     """The tensor that some bytes are: writing to it writes to them. Odd types are plain bytes."""
     dtype = (DTYPES | _OTHERS).get(entry.dtype)
     if dtype is None:
@@ -183,19 +189,27 @@ def as_tensor(entry: Entry, data: bytearray) -> Tensor:
 
 
 def respliced(
-    file: Path, entries: Iterable[Entry], out: BinaryIO
-) -> Iterator[tuple[Entry, bytearray]]:
-    """Copies a file to another and hands out the bytes of these entries to be changed on the way.
+    file: Path,
+    entries: Iterable[Entry],
+    out: BinaryIO,
+    change: Callable[[Entry, memoryview], None],
+) -> None:
+    """Copies a file to another, with the bytes of these entries changed on the way.
 
-    What the caller leaves in a bytearray before it asks for the next one is what is written.
+    Args:
+        file: What to copy.
+        entries: Its tensors to change.
+        out: Where to.
+        change: Called with each and its bytes, to be changed in place.
     """
     with file.open("rb") as source:
         place = 0
         for entry in sorted(entries, key=lambda entry: entry.start):
             _copy(source, out, place, entry.start)
             data = read_bytes(source, entry)
-            yield entry, data
+            change(entry, data)
             out.write(data)
+            del data  # before the next one comes
             place = entry.stop
         _copy(source, out, place, os.fstat(source.fileno()).st_size)
 

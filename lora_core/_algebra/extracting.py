@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_core._adapters import clean
 from lora_core._algebra.checkpoints import DTYPES, open_checkpoint
-from lora_core._algebra.layers import check_limit, cut, unheard, widened
+from lora_core._algebra.layers import check_limit, cut, unheard
 from lora_core._algebra.locating import Place, place_of
 from lora_core._algebra.products import Limit, dense_spectrum, subspace_rank
 from lora_core._algebra.results import Teller, Told
@@ -141,7 +142,11 @@ def extract(
                 {"lora_A": difference.new_empty(1, *difference.shape[1:], device="meta")},
             )
             result, lost = cut(found, limit, like, dtype, silent=unheard(layer.kind, matrix))
-            made[layer.name] = result
+            del difference, matrix, found
+            # a copy, made when all that is large is gone: memory between large pieces stays unused
+            made[layer.name] = replace(
+                result, parts={n: t.clone() for n, t in result.parts.items()}
+            )
             tell(layer.name, result.settings.rank, lost)
         left = _left(layers, *sides)
     if not made:
@@ -250,8 +255,11 @@ def _flat(weight: Tensor) -> Tensor:
 def _difference(layer: _Layer, base: _Side, tuned: _Side) -> Tensor:
     """What was added to a layer's weight, in its own layout, in float32 or wider."""
     tensor, part = layer.place
-    before, after = (widened(side.read(tensor)) for side in (base, tuned))
-    found = after - before.to(after.device)
+    before, after = base.read(tensor), tuned.read(tensor)
+    dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    is_own = tuned.module is None or after.dtype != dtype  # a model's tensors are not ours
+    after, before = after.to(dtype), before.to(after.device)
+    found = after.sub_(before) if is_own else after - before
     if part is None:
         return found
     size = len(found) // len(PROJECTIONS)

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-
 from lora_core._algebra.checkpoints import (
     Checkpoint,
     Entry,
@@ -40,8 +38,8 @@ def merge_file(
     """Writes a checkpoint with an adapter merged in, reading and writing one tensor at a time.
 
     Each weight is what `merge` makes of it in a model, bit for bit: the sum in float32, rounded
-    once. Every other tensor, and the header, are the base's, byte for byte. What is in memory at a
-    time is a few copies of one tensor, whatever the size of the checkpoint.
+    once. Every other tensor, and the header, are the base's, byte for byte. In memory is one tensor
+    at a time, whatever the size of the checkpoint; for DoRA, Tucker and bias a few copies of it.
 
     The file appears whole at the end: after a kill at any moment `out` is what it was, or the new
     checkpoint. Shards go into a new folder, which appears whole likewise.
@@ -96,10 +94,13 @@ def merge_file(
 
     def write(file: Path, into: BinaryIO) -> None:
         names = {entry: name for name, entry in here.items() if entry.file == file}
-        for entry, data in respliced(file, names, into):
+
+        def change(entry: Entry, data: memoryview) -> None:
             for name, share in _merge_one(names[entry], entry, data, hosts, checkpoint).items():
                 lost[name] = share
                 tell(name, layers[name].layer.settings.rank, share)
+
+        respliced(file, names, into, change)
 
     if checkpoint.index is None:
         with new_file(target) as into:
@@ -141,17 +142,15 @@ def _check_free(target: Path, checkpoint: Checkpoint, *, force: bool) -> None:
 
 
 def _merge_one(
-    tensor: str, entry: Entry, data: bytearray, hosts: Hosts, checkpoint: Checkpoint
+    tensor: str, entry: Entry, data: memoryview, hosts: Hosts, checkpoint: Checkpoint
 ) -> Mapping[str, float]:
     """Puts the merged values of one tensor into its bytes; what rounding lost, by layer."""
-    weight = hosts.biases.get(tensor, tensor)
-    values = as_tensor(entry, data)
-    source = values if weight == tensor else checkpoint.read(weight)
-    # a copy where torch itself would have put it: products of other places may round otherwise
-    model, module, key = hosts.make(weight, source.clone())
-    loss = merge(model, reversible=False).loss
-    held = module._parameters[key if weight == tensor else "bias"]
-    assert held is not None
-    with torch.no_grad():
-        values.copy_(held)
-    return loss if weight == tensor else {}
+    weight, values = hosts.biases.get(tensor, tensor), as_tensor(entry, data)
+    model, module = hosts.make(weight, values if weight == tensor else checkpoint.read(weight))
+    loss = merge(model, reversible=False).loss  # into the very bytes
+    if weight == tensor:
+        return loss
+    bias = module._parameters["bias"]
+    assert bias is not None
+    values.copy_(bias.detach())
+    return {}

@@ -26,12 +26,10 @@ class Made(NamedTuple):
     Attributes:
         model: A model of nothing else.
         module: It.
-        key: What its weight is called there.
     """
 
     model: nn.Module
     module: nn.Module
-    key: str
 
 
 class Hosts:
@@ -63,7 +61,7 @@ class Hosts:
         }
 
     def make(self, tensor: str, weight: Tensor) -> Made:
-        """The module of one weight, with the layers' adapters on."""
+        """The module of one weight, which is not copied, with the layers' adapters on."""
         paths = self.layers[tensor]
         first = self._located[paths[0]]
         if first.layer.kind == "weight":
@@ -75,7 +73,7 @@ class Hosts:
             if first.layer.settings.bias:
                 bias = self._checkpoint.read(bias_of(tensor)).clone()
                 module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
-            made, targets = Made(_under(paths[0], module), module, "weight"), [module]
+            made, targets = Made(_under(paths[0], module), module), [module]
         for path, target in zip(paths, targets, strict=True):
             layer = self._located[path].layer
             parts = {part: nn.Parameter(t, requires_grad=False) for part, t in layer.parts.items()}
@@ -95,7 +93,7 @@ class Hosts:
             Slot(owner, _VALUE, path.rpartition(".")[2], some)
             for path, some in zip(paths, rows, strict=True)
         ]
-        return Made(_under(paths[0].rpartition(".")[0], owner), owner, _VALUE), slots
+        return Made(_under(paths[0].rpartition(".")[0], owner), owner), slots
 
 
 def _under(path: str, module: nn.Module) -> nn.Module:

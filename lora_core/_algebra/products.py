@@ -14,6 +14,7 @@ from torch import Tensor
 _EXACT = 1024  # a larger matrix takes seconds to decompose whole
 _OVERSAMPLED = 16  # columns that a random subspace has beyond the rank
 _SWEEPS = 8  # of the subspace iteration
+_TOGETHER = 2**18  # numbers of what a subspace lacks that are worked out at a time
 _NOISE = 8  # roundings of the largest singular value that the values of zero may reach
 
 
@@ -111,8 +112,14 @@ def dense_spectrum(
         basis = torch.linalg.qr(matrix.mT @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
     inside = basis.mT @ matrix  # (..., wanted, in)
-    outside = (matrix - basis @ inside).double().square().sum()
-    return spectrum(inside, basis)._replace(rest=float(outside))
+    return spectrum(inside, basis)._replace(rest=_outside(matrix, basis, inside))
+
+
+def _outside(matrix: Tensor, basis: Tensor, inside: Tensor) -> float:
+    """The squared norm of ``matrix - basis @ inside``, with a few rows of that in memory."""
+    rows = max(_TOGETHER // max(matrix.shape[-1], 1), 1)
+    pieces = zip(*(torch.split(t, rows, -2) for t in (matrix, basis)), strict=True)
+    return sum(float((some - up @ inside).double().square().sum()) for some, up in pieces)
 
 
 def product_norm(lora_A: Tensor, lora_B: Tensor) -> float:

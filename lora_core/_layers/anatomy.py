@@ -19,11 +19,15 @@ def peek(module: Any) -> Tensor:
     A parametrization may change when it is read in training mode, as a spectral norm does.
     """
     computed = module._modules.get("parametrizations") if isinstance(module, nn.Module) else None
-    moving = [m for m in computed.modules() if m.training] if computed is not None else []
+    weight: Tensor
+    if computed is None:
+        weight = module.weight
+        return weight
+    moving = [m for m in computed.modules() if m.training]
     try:
         for m in moving:
             m.training = False
-        weight: Tensor = module.weight
+        weight = module.weight
         return weight
     finally:
         for m in moving:

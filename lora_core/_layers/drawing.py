@@ -13,6 +13,8 @@ from lora_core._layers.fitting import mixin_of, part_shapes, wide_dtype
 from lora_core._layers.norms import length_of
 from lora_core._layers.weights import LoRAWeight, Slot
 
+_OWN = ("kaiming", "gaussian")  # what is drawn is a tensor of its own
+
 
 def fresh_parts(
     module: nn.Module | Slot,
@@ -80,8 +82,10 @@ def _values(
         )
         for m in matrices
     ]
-    # a copy each: what was drawn may be a part of something larger
-    lora_A, lora_B = torch.stack([A for A, _ in drawn]), torch.stack([B for _, B in drawn])
+    lora_A, lora_B = drawn[0]
+    if batch or config.init not in _OWN:
+        # a copy each: what was drawn may be a part of something larger
+        lora_A, lora_B = torch.stack([A for A, _ in drawn]), torch.stack([B for _, B in drawn])
     if room > rank:
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, room - rank))
         lora_B = nn.functional.pad(lora_B, (0, room - rank))

@@ -1,6 +1,7 @@
 """Whether a layer can carry an adapter, and what its settings are there."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def mixin_for(module: nn.Module | Slot) -> type[LoRAMixin] | None:
         return type(module)
     if isinstance(module, Slot):
         return LoRAWeight
-    kind = _kind_of(module)
+    kind = _kind_of(type(module))  # type: ignore[arg-type]
     if kind is not None:
         return KINDS[kind]
     # transformers' Conv1D, known by its looks so that transformers need not be installed
@@ -36,9 +37,10 @@ def mixin_for(module: nn.Module | Slot) -> type[LoRAMixin] | None:
     return TransposedLoRAMixin if looks and hasattr(module, "nf") else None
 
 
-def _kind_of(module: nn.Module) -> type[nn.Module] | None:
+@lru_cache
+def _kind_of(cls: type) -> type[nn.Module] | None:
     """The class that is adapted among those that a module's class derives from."""
-    return next((kind for kind in type(module).__mro__ if kind in KINDS), None)
+    return next((kind for kind in cls.__mro__ if kind in KINDS), None)
 
 
 def mixin_of(module: nn.Module | Slot) -> type[LoRAMixin]:
@@ -90,7 +92,7 @@ def why_not(module: nn.Module | Slot) -> str:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a subclass computes its output itself, as layers with 4-bit weights do."""
-    kind = _kind_of(module)
+    kind = _kind_of(type(module))  # type: ignore[arg-type]
     host = module.host_class if isinstance(module, LoRAMixin) else type(module)
     return kind is not None and host.forward is not kind.forward
 

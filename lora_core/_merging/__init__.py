@@ -22,7 +22,7 @@ from lora_core._merging.swapping import (
     restore,
     strengths_of,
 )
-from lora_core._merging.writing import added
+from lora_core._merging.writing import Product, product_of
 from lora_core._reports import MergeReport
 
 _TOGETHER = 2**17  # numbers whose rounding is looked at together
@@ -156,8 +156,7 @@ def _merge_in_place(layers: dict[str, LoRAMixin]) -> dict[str, float]:
     # so few that working them out takes less memory than a layer
     losses = Losses(max(_FEW, min(_TOGETHER, largest // 16)))
     for name, layer in layers.items():
-        put_in = _add_in_place if _sums_in_product(layer) else _copy_in_place
-        losses.add(name, put_in(name, layer, Merged(strengths_of(layer), None)))
+        losses.add(name, _put_in_place(name, layer, Merged(strengths_of(layer), None)))
     return losses.finish()
 
 
@@ -185,21 +184,23 @@ def _refuse_overflow(layers: dict[str, LoRAMixin]) -> None:
 
 def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, Tensor, Sample]:
     """The merged weight, not yet checked, the sum of its numbers, and a sample of it."""
-    weight = layer.weight
-    update: tuple[Tensor, ...]
-    if _sums_in_product(layer):
-        lora_A, lora_B, rows = _scaled(layer)
-        new, total = added(weight, lora_A, lora_B)
-        update = (rows, some_columns(lora_A))
-    else:
-        delta = layer.lora_delta()
-        new = functional.merged_weight(weight, delta)
-        total = new.sum()
-        if not is_linear_in_weight(layer):
-            check_merged({name: new}, {name: total})
-            probe(name, layer, new)
-        update = (sampled(delta).clone(),)  # all the rest of it may go
-    return new, total, Sample(sampled(weight), sampled(new), update)
+    weight, product = layer.weight, product_of(layer)
+    if product is not None:
+        new, total = product.new()
+        return new.view(weight.shape), total, _sample(product, product.weight, new)
+    delta = layer.lora_delta()
+    new = functional.merged_weight(weight, delta)
+    total = new.sum()
+    if not is_linear_in_weight(layer):
+        check_merged({name: new}, {name: total})
+        probe(name, layer, new)
+    # all the rest of the update may go
+    return new, total, Sample(sampled(weight), sampled(new), (sampled(delta).clone(),))
+
+
+def _sample(product: Product, old: Tensor, new: Tensor) -> Sample:
+    rows, columns = some_rows(product.lora_B), some_columns(product.lora_A)
+    return Sample(sampled(old), sampled(new), (rows, columns))
 
 
 def _new_bias(name: str, layer: LoRAMixin) -> Tensor | None:
@@ -214,42 +215,25 @@ def _new_bias(name: str, layer: LoRAMixin) -> Tensor | None:
     return new
 
 
-def _sums_in_product(layer: LoRAMixin) -> bool:
-    """Whether the matrix product itself may add to the weight: the update is never written."""
-    weight = layer.weight
-    return (
-        is_linear_in_weight(layer)
-        and layer.lora_matrix(weight) is weight
-        and weight.ndim == 2
-        and all(layer.lora_configs[n].plain_sum for n in layer.lora_selection.names)
-        and type(weight) is nn.Parameter
-        and weight.dtype in (torch.float32, torch.float64)  # the product's own rounding is theirs
-        and weight.is_contiguous()
-        and not weight.is_inference()  # which has no version to tell by
-    )
-
-
-def _scaled(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
-    """The stacked lora_A, the stacked and scaled lora_B, and some rows of that."""
-    lora_A, lora_B, gain = layer.lora_stacked()
-    dtype = layer.weight.dtype
-    lora_B = lora_B.to(dtype) * gain.to(dtype)
-    return lora_A.to(dtype), lora_B, some_rows(lora_B)
-
-
-def _add_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:  # noqa: ARG001
-    lora_A, lora_B, rows = _scaled(layer)
-    weight = layer.weight
-    old, version = sampled(weight).clone(), weight._version
+def _put_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:
+    product = product_of(layer)
+    if product is None:
+        return _copy_in_place(name, layer, state)
+    weight = product.weight
+    sample, version = _sample(product, weight, weight), weight._version
+    old = sample.old.clone()
     with changing(layer):
         try:
-            weight.addmm_(lora_B, lora_A)
+            product.put_in()
             layer.lora_merged = state
-        except BaseException:  # an interrupt may come before the note, but not amid the product
-            if weight._version != version:
+        except BaseException:  # an interrupt may come between the pieces, but not amid one
+            done = weight._version - version
+            if done:
+                product.put_in(done)
                 layer.lora_merged = state
             raise
-    return Sample(old, sampled(weight).clone(), (rows.clone(), some_columns(lora_A)))
+    first, second = sample.update
+    return Sample(old, sample.new.clone(), (first.clone(), second))
 
 
 def _copy_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:

@@ -1,25 +1,85 @@
 """New weights, written in pieces that a processor's cache holds."""
 
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lora_core._layers import LoRAMixin
+from lora_core._merging.probing import is_linear_in_weight
 
 _PIECE = 2**17  # numbers of the weight that one thread adds to at a time
 _WHOLE = 4 * _PIECE  # up to here pieces don't pay
 _ROWS = 64  # the matrix product takes as many together, or a divisor; others might round otherwise
+_WIDE = (torch.float32, torch.float64)  # the product's own sum is rounded as ours would be
+_HALF = (torch.float16, torch.bfloat16)
 
 
-def added(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """``weight + lora_B @ lora_A`` as a new tensor, and the sum of its numbers."""
-    cuts = _cuts(weight)
-    if len(cuts) == 1:
-        new = torch.addmm(weight, lora_B, lora_A)
-        return new, new.sum()
-    new, sums = torch.empty_like(weight), []
-    pieces = (torch.split(t, cuts) for t in (weight, lora_B, new))
-    for old, up, piece in zip(*pieces, strict=True):
-        torch.addmm(old, up, lora_A, out=piece)
-        sums.append(piece.sum())  # while it is in the cache
-    return new, torch.stack(sums).sum()
+class Product(NamedTuple):
+    """A sum with a product of factors: the update itself is never written whole.
+
+    Attributes:
+        weight: What is added to, ``(out, in)``, a view of a layer's weight.
+        lora_A: ``(R, in)``.
+        lora_B: ``(out, R)``, scaled.
+    """
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+
+    def new(self) -> tuple[Tensor, Tensor]:
+        """The sum as a new tensor, rounded once, and the sum of its numbers."""
+        new, sums = torch.empty_like(self.weight), []
+        for old, piece, up in self._pieces(self.weight, new):
+            _add(old, up, self.lora_A, piece)
+            sums.append(piece.sum())  # while it is in the cache
+        return new, torch.stack(sums).sum()
+
+    def put_in(self, done: int = 0) -> None:
+        """Adds to the weight, in place; each piece is one write, which the weight's version counts.
+
+        Args:
+            done: How many pieces have been written.
+        """
+        for piece, up in islice(self._pieces(self.weight), done, None):
+            _add(piece, up, self.lora_A, piece)
+
+    def _pieces(self, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        cuts = _cuts(self.weight)
+        return zip(*(torch.split(t, cuts) for t in (*more, self.lora_B)), strict=True)
+
+
+def product_of(layer: LoRAMixin) -> Product | None:
+    """The merged weight as a sum with one product; None where it is more than that."""
+    weight = layer.weight
+    fits = (
+        weight.is_contiguous()
+        and type(weight) is nn.Parameter
+        and weight.dtype in (*_WIDE, *_HALF)
+        and not weight.is_inference()  # which has no version to tell by
+        and all(layer.lora_configs[n].plain_sum for n in layer.lora_selection.names)
+        and is_linear_in_weight(layer)
+    )
+    matrix = layer.lora_matrix(weight) if fits else None
+    if matrix is None or matrix.ndim != 2:
+        return None
+    lora_A, lora_B, gain = layer.lora_stacked()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    lora_A, lora_B = lora_A.to(wide), lora_B.to(wide) * gain.to(wide)
+    if matrix.is_contiguous():
+        return Product(matrix, lora_A, lora_B)
+    return Product(matrix.T, lora_B.T, lora_A.T)
+
+
+def _add(old: Tensor, lora_B: Tensor, lora_A: Tensor, out: Tensor) -> None:
+    """Writes ``old + lora_B @ lora_A`` to `out`, at once."""
+    if out.dtype in _WIDE:
+        torch.addmm(old, lora_B, lora_A, out=out)
+    else:
+        out.copy_((lora_B @ lora_A).add_(old))
 
 
 def _cuts(weight: Tensor) -> list[int]:
