@@ -16,6 +16,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -290,14 +291,22 @@ def test_saving_needs_a_name_where_there_are_several(tmp_path: Path) -> None:
     ("metadata", "said"),
     [
         ({"a": 1}, "^`metadata` must map strings to strings, but 'a' does not."),
-        ({"lora_core": ""}, "^`metadata` must leave 'format', 'lora_core' to the format, but"),
+        ([("a", "b")], "^`metadata` must map strings to strings, but is [[]"),
+        ({"lora_core": ""}, "to the format, but sets 'lora_core'. Choose other keys.$"),
+        (  # what kohya's files say of the ranks, in any format
+            {"ss_network_dim": "8", "mine": ""},
+            "^`metadata` must leave 'format', 'lora_core', 'lora_adapter_metadata',"
+            " 'sshs_model_hash', 'sshs_legacy_hash', 'ss_network_dim', 'ss_network_alpha' to the"
+            " format, but sets 'ss_network_dim'. Choose other keys.$",
+        ),
     ],
 )
-def test_bad_metadata_is_refused_before_writing(
-    tmp_path: Path, metadata: dict[str, str], said: str
-) -> None:
+def test_bad_metadata_is_refused_before_writing(tmp_path: Path, metadata: Any, said: str) -> None:
+    model = adapted()
     with pytest.raises(ConfigError, match=said):
-        lora_core.save(adapted(), tmp_path / "x", metadata=metadata)
+        lora_core.save(model, tmp_path / "x", metadata=metadata)
+    with pytest.raises(ConfigError, match=said):
+        lora_core.write(lora_core.adapter_of(model), tmp_path / "x", "peft", metadata=metadata)
     assert not list(tmp_path.iterdir())
 
 

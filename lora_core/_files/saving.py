@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from lora_core._adapters import adapter_names, layers_with, without_base
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
 from lora_core._files.models import as_models, whole
-from lora_core._formats import Adapter, AdapterLayer, native, write
+from lora_core._formats import Adapter, AdapterLayer, write
 from lora_core._formats.folding import without_first
 from lora_core._formats.peft import CONFIG, WEIGHTS
 from lora_core._injection import walk
@@ -71,9 +70,8 @@ def save(
         16
     """
     path = os.fsdecode(path)
-    own = _check_metadata({} if metadata is None else metadata)
-    found = replace(adapter_of(model, name, plain=plain), metadata=own)
-    written = write(found, path, format, fold=fold, base=base, spelling=spelling)
+    found = adapter_of(model, name, plain=plain)
+    written = write(found, path, format, fold=fold, base=base, metadata=metadata, spelling=spelling)
     numbers = sum(t.numel() for t in written.tensors.values())
     folder = written.config is not None
     files = [Path(path, n) for n in (WEIGHTS[0], CONFIG)] if folder else [Path(path)]
@@ -195,29 +193,3 @@ def _other_names(model: nn.Module, layers: Mapping[str, LoRAMixin]) -> dict[str,
         return {}
     names = {c.module: c.names for c in walk(model)}
     return {n: tuple(sorted(set(names[layer]) - {n})) for n, layer in layers.items()}
-
-
-def _check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    if not isinstance(metadata, Mapping):
-        raise ConfigError(
-            f"`metadata` must map strings to strings, but is {metadata!r}."
-            " Write {'note': 'text'}, for example."
-        )
-    odd = [k for k, v in metadata.items() if not (_is_text(k) and _is_text(v))]
-    if odd:
-        raise ConfigError(
-            f"`metadata` must map strings to strings, but {listed(odd)} does not."
-            " Write other values as text, with json.dumps for example."
-        )
-    reserved = [key for key in native.RESERVED if key in metadata]
-    if reserved:
-        raise ConfigError(
-            f"`metadata` must leave {listed(native.RESERVED)} to the format, but sets"
-            f" {listed(reserved)}. Choose other keys."
-        )
-    return dict(metadata)
-
-
-def _is_text(value: object) -> bool:
-    # a lone surrogate is a str that no file can hold
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)

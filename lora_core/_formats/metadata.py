@@ -58,8 +58,19 @@ def check_base(base: object) -> str | None:
     return base if isinstance(base, str) else None
 
 
-def check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns entries that leave to the format what follows from the tensors."""
+def check_metadata(metadata: object) -> dict[str, str]:
+    """Returns entries of text that leave to the format what follows from the tensors."""
+    if not isinstance(metadata, Mapping):
+        raise ConfigError(
+            f"`metadata` must map strings to strings, but is {metadata!r}."
+            " Write {'note': 'text'}, for example."
+        )
+    odd = [k for k, v in metadata.items() if not (_is_text(k) and _is_text(v))]
+    if odd:
+        raise ConfigError(
+            f"`metadata` must map strings to strings, but {listed(odd)} does not."
+            " Write other values as text, with json.dumps for example."
+        )
     taken = [key for key in metadata if key in COMPUTED]
     if taken:
         raise ConfigError(
@@ -67,6 +78,11 @@ def check_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
             f" {listed(taken)}. Choose other keys."
         )
     return dict(metadata)
+
+
+def _is_text(value: object) -> bool:
+    # a lone surrogate is a str that no file can hold
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def carried(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -70,7 +70,7 @@ def encode(
         raise ConfigError("An adapter must have a layer to be written, but has none. Add one.")
     if format != "lora_core":  # whose values are seen when they are packed
         check_values(adapter.layers)
-    about = {**carried(adapter.metadata), **check_metadata(metadata or {})}
+    about = {**carried(adapter.metadata), **check_metadata({} if metadata is None else metadata)}
     base = check_base(base)
     # sorted, so that what is chosen among several is the same for every order
     layers = holding.held(
