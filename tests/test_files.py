@@ -291,7 +291,7 @@ def test_saving_needs_a_name_where_there_are_several(tmp_path: Path) -> None:
     ("metadata", "said"),
     [
         ({"a": 1}, "^`metadata` must map strings to strings, but 'a' does not."),
-        ([("a", "b")], "^`metadata` must map strings to strings, but is [[]"),
+        (["a"], r"^`metadata` must map strings to strings, but is \['a'\]\."),
         ({"lora_core": ""}, "to the format, but sets 'lora_core'. Choose other keys.$"),
         (  # what kohya's files say of the ranks, in any format
             {"ss_network_dim": "8", "mine": ""},

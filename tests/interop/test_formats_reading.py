@@ -127,6 +127,8 @@ LYCORIS: dict[str, dict[str, Any]] = {
     "tucker": {"use_tucker": True},
     "dora": {"dora_wd": True, "wd_on_output": True},
     "dora and tucker": {"dora_wd": True, "wd_on_output": True, "use_tucker": True},
+    "dora over inputs": {"dora_wd": True, "wd_on_output": False},
+    "dora over inputs and tucker": {"dora_wd": True, "wd_on_output": False, "use_tucker": True},
     "rslora": {"rs_lora": True},
     "scalar": {"use_scalar": True},
 }
