@@ -23,11 +23,11 @@ from lora_core._algebra.methods import METHODS
 from lora_core._cli import arguments
 from lora_core._cli.answers import Answer, show, visible
 from lora_core._cli.comparing import compare, difference_of
-from lora_core._cli.families import family_of
 from lora_core._cli.progress import Results, progress
 from lora_core._config import AdapterConfig
 from lora_core._errors import MismatchError
 from lora_core._formats import Adapter, AdapterLayer, holding, metadata, read, spelling
+from lora_core._formats.families import family_of
 from lora_core._formats.writing import write
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

@@ -825,7 +825,8 @@ def test_the_hashes_are_those_of_the_file_as_another_writer_lays_it_out(tmp_path
 @pytest.mark.parametrize(
     ("layers", "base", "architecture"),
     [
-        ({"x": unet("down_blocks.0.attentions.0.proj_in")}, "sd_v1", "stable-diffusion-v1"),
+        ({"x": unet("down_blocks.0.attentions.0.norm")}, "sd_v1", "stable-diffusion-v1"),
+        ({"x": unet("down_blocks.0.attentions.0.proj_in")}, "sd_v2", "stable-diffusion-v2-512"),
         ({"x": unet("mid_block.x.attn2.to_k", (4, 768))}, "sd_v1", "stable-diffusion-v1"),
         ({"x": unet("mid_block.x.attn2.to_k", (4, 1024))}, "sd_v2", "stable-diffusion-v2-512"),
         (

@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 from lora_core._errors import MismatchError, listed
 from lora_core._formats import Adapter
-from lora_core._formats.spelling import Place, places_of
-
-_WRAPPER = "text_model"  # around CLIP's text encoders to some programs, and not to others
+from lora_core._formats.spelling import TEXT_MODEL, Place, places_of
 
 
 def names_of(one: Adapter, other: Adapter) -> "tuple[_Names, _Names]":
@@ -61,8 +59,8 @@ def _paired(adapter: Adapter) -> _Names:
 
 
 def _unwrapped(place: Place) -> str:
-    mark = "_" if place.spelling == "stem" else "."
-    return place.path.removeprefix(f"{_WRAPPER}{mark}")
+    stem = place.spelling == "stem"
+    return place.path.removeprefix(TEXT_MODEL.replace(".", "_") if stem else TEXT_MODEL)
 
 
 def _has_parts(names: _Names) -> bool:

@@ -11,9 +11,9 @@ from lora_core._cli.progress import progress
 
 if TYPE_CHECKING:
     from lora_core._cli.arguments import Commands
-    from lora_core._cli.families import Family
     from lora_core._cli.measures import Block, Measured
     from lora_core._formats import Adapter
+    from lora_core._formats.families import Family
 
 _LONGEST = 60  # characters of a metadata entry that are shown
 
@@ -46,8 +46,8 @@ def _png(text: str) -> Path:
 
 def _run(args: argparse.Namespace) -> Answer:
     from lora_core._cli.adapters import check_free, read_one
-    from lora_core._cli.families import family_of
     from lora_core._cli.measures import blocks, measured
+    from lora_core._formats.families import family_of
 
     if args.plot is not None:
         from lora_core._cli.pictures import check_drawing

@@ -13,9 +13,8 @@ from lora_core._errors import MismatchError, listed
 from lora_core._formats.ldm import other_names
 from lora_core._formats.neutral import AdapterLayer
 from lora_core._formats.numbering import numbered
+from lora_core._formats.spelling import IN_TEXT, TEXT_MODEL
 
-_TEXT_MODEL = "text_model."  # a wrapper that transformers has had, and has no longer
-_IN_TEXT = ("encoder.layers.", "embeddings.", "final_layer_norm")
 _IN_PROJ = ".in_proj_weight"  # what PEFT adapts of an attention, by the attention's own name
 # programs call any denoiser a UNet
 _STANDS_FOR = {"unet": "transformer"}
@@ -141,10 +140,10 @@ def _spellings(path: str, others: Mapping[str, str]) -> Iterator[str]:
         yield others[path]
     if path.endswith(_IN_PROJ):
         yield path.removesuffix(_IN_PROJ)
-    if path.startswith(_TEXT_MODEL):
-        yield path.removeprefix(_TEXT_MODEL)
-    elif path.startswith(_IN_TEXT):
-        yield _TEXT_MODEL + path
+    if path.startswith(TEXT_MODEL):
+        yield path.removeprefix(TEXT_MODEL)
+    elif path.startswith(IN_TEXT):
+        yield TEXT_MODEL + path
 
 
 def _components(layer: AdapterLayer, models: Mapping[str, object]) -> Sequence[str]:

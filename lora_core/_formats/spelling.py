@@ -15,22 +15,11 @@ from lora_core._formats.neutral import AdapterLayer
 
 SPELLINGS = ("diffusers", "ldm")
 _PREFIXED = re.compile(rf"{COMPONENT}(?P<path>.+)")
-_UNET = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)_.+")
+UNET = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)_.+")
 _LDM = re.compile(r"(?:input_blocks|middle_block|output_blocks)[._]")
-_CLIP = re.compile(r"(?:text_model_)?encoder_layers_\d+_(?:self_attn|mlp)_.+")
-# transformers had this wrapper in all of CLIP's text encoders, and files name it
-_UNWRAPPED = re.compile(r"(?:encoder\.layers|embeddings|final_layer_norm)\.?.*")
-# stems that one family alone has
-_SDXL = re.compile(
-    r"(?:add_embedding|label_emb|up_blocks_0_attentions|output_blocks_[01]_1)_.+"
-    r"|.+_transformer_blocks_[1-9]\d*_.+"
-)
-_SD = re.compile(
-    r"(?:down_blocks_0_attentions|down_blocks_3|up_blocks_3|input_blocks_[12]_1|input_blocks_1[01]"
-    r"|output_blocks_(?:9|10|11))_.+"
-)
-_CROSS = re.compile(r".+_attn2_to_[kv]")
-_WIDTHS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # of the text that a UNet sees
+CLIP = re.compile(r"(?:text_model_)?encoder_layers_\d+_(?:self_attn|mlp)_.+")
+TEXT_MODEL = "text_model."  # a wrapper that transformers had in all of CLIP's text encoders
+IN_TEXT = ("encoder.layers.", "embeddings.", "final_layer_norm")  # what was in it
 # blocks on the way up that hold attention, which an adapter may leave out
 _DEEP = {"sdxl_base_v1-0": (0, 1)}
 _DEEP_SD = (1, 2, 3)
@@ -92,7 +81,7 @@ def recognised(found: Mapping[str, Place], format: str) -> dict[str, Place]:  # 
     component = next(
         (
             component
-            for component, pattern in (("unet", _UNET), ("text_encoder", _CLIP))
+            for component, pattern in (("unet", UNET), ("text_encoder", CLIP))
             if any(pattern.fullmatch(stem) for stem in stems)
         ),
         "",
@@ -106,26 +95,6 @@ def recognised(found: Mapping[str, Place], format: str) -> dict[str, Place]:  # 
     return dict(found) | {n: found[n]._replace(component=component) for n in nameless}
 
 
-def family(found: Mapping[str, Place], layers: Mapping[str, AdapterLayer]) -> str | None:
-    """Which Stable Diffusion the modules are of, in kohya's words; None where nothing tells."""
-    unet = {name: place.stem for name, place in found.items() if place.component == "unet"}
-    widths = {
-        layers[name].parts["lora_A"].shape[1]
-        for name, stem in unet.items()
-        if _CROSS.fullmatch(stem) and layers[name].config is not None
-    }
-    by_width = {_WIDTHS[width] for width in widths if width in _WIDTHS}
-    if not any(_UNET.fullmatch(stem) for stem in unet.values()):
-        return None
-    if any(_SDXL.fullmatch(stem) for stem in unet.values()) or any(
-        place.component == "text_encoder_2" for place in found.values()
-    ):
-        return "sdxl_base_v1-0"
-    if len(by_width) == 1:
-        return by_width.pop()
-    return "sd_v1" if any(_SD.fullmatch(stem) for stem in unet.values()) else None
-
-
 def respelled(
     found: Mapping[str, Place], spelling: str, base: str | None = None, *, must: bool = False
 ) -> dict[str, Place]:
@@ -134,14 +103,14 @@ def respelled(
     Args:
         found: Places with components.
         spelling: One of `SPELLINGS`.
-        base: The family, as `family` gives it.
+        base: The family, as `families.base_of` gives it.
         must: Whether stems, which can't be taken apart, must be spelled so already.
 
     Raises:
         ConfigError: If they must, and are not.
     """
     unet = {name: place for name, place in found.items() if place.component == "unet"}
-    stems = [n for n, x in unet.items() if x.spelling == "stem" and _UNET.fullmatch(x.stem)]
+    stems = [n for n, x in unet.items() if x.spelling == "stem" and UNET.fullmatch(x.stem)]
     odd = [name for name in stems if bool(_LDM.match(unet[name].stem)) != (spelling == "ldm")]
     if must and odd:
         raise ConfigError(
@@ -161,8 +130,8 @@ def respelled(
             return place.path
         if place.component == "unet":
             return others.get(place.path, place.path)
-        if place.component.startswith("text_encoder") and _UNWRAPPED.fullmatch(place.path):
-            return f"text_model.{place.path}"
+        if place.component.startswith("text_encoder") and place.path.startswith(IN_TEXT):
+            return TEXT_MODEL + place.path  # files name it
         return place.path
 
     return {name: place._replace(path=file_path(place)) for name, place in found.items()}

@@ -13,6 +13,7 @@ from lora_core._formats.diffusers import ENTRY, parse
 from lora_core._formats.encoded import Encoded
 from lora_core._formats.neutral import Adapter, AdapterLayer
 from lora_core._formats.spelling import (
+    TEXT_MODEL,
     Place,
     check_dotted,
     check_names,
@@ -22,7 +23,6 @@ from lora_core._formats.spelling import (
 )
 from lora_core._formats.writing_peft import check_alike, leaves, scaled, settings
 
-_TEXT_MODEL = "text_model."
 _MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -46,8 +46,8 @@ def file(adapter: Adapter) -> Encoded:
     for component, own in components.items():
         check_alike(own, "diffusers")
         of_text = component.startswith("text_encoder")
-        paths = {name: found[name].path.removeprefix(_TEXT_MODEL) for name in own}
-        config = settings(own, paths, _TEXT_MODEL if of_text else None)
+        paths = {name: found[name].path.removeprefix(TEXT_MODEL) for name in own}
+        config = settings(own, paths, TEXT_MODEL if of_text else None)
         about |= {f"{component}.{key}": value for key, value in config.items()}
         for name, layer in own.items():
             for leaf, tensor in leaves(layer, biased=config["lora_bias"]).items():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_core._formats.encoded import Encoded
+from lora_core._formats.families import base_of
 from lora_core._formats.folding import folded, without_rslora
 from lora_core._formats.kohya import parse
 from lora_core._formats.metadata import ARGS, BASES, training, with_hashes
@@ -15,7 +16,6 @@ from lora_core._formats.spelling import (
     Place,
     check_dotted,
     check_names,
-    family,
     places_of,
     recognised,
     respelled,
@@ -61,7 +61,7 @@ def file(
         found = recognised(found, format)
     if base is not None:
         about = {key: value for key, value in about.items() if not _OF_BASE.fullmatch(key)}
-    known = base or family(found, layers) or about.get("ss_base_model_version")
+    known = base or base_of(layers, found) or about.get("ss_base_model_version")
     known = known if known in BASES else None
     usual = "ldm" if known == "sdxl_base_v1-0" else "diffusers"
     found = respelled(found, spelling or usual, known, must=spelling is not None)

@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lora_core._formats import Adapter, AdapterLayer
-from lora_core._formats.spelling import places_of
+from lora_core._formats.neutral import Adapter, AdapterLayer
+from lora_core._formats.spelling import CLIP, UNET, Place, places_of
 
-_UNET = re.compile(r"(?:(?:down|up|input|output)_blocks|mid_block|middle_block)_.+")
+# stems that one family alone has
 _XL_ONLY = re.compile(
     r"(?:add_embedding|label_emb|up_blocks_0_attentions|output_blocks_[01]_1)_.+"
     r"|.+_transformer_blocks_[1-9]\d*_.+"
@@ -17,10 +17,16 @@ _SMALL_ONLY = re.compile(
     r"|output_blocks_(?:9|10|11))_.+"
 )
 _CROSS = re.compile(r".+_attn2_to_[kv]")
-_CLIP = re.compile(r"(?:text_model_)?encoder_layers_\d+_(?:self_attn|mlp)_.+")
 _TEXT = re.compile(r".*self_attn_[qkv]_proj")
 _ENDS = re.compile(r".+_proj_(?:in|out)")
-_OF_TEXT = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}
+_OF_TEXT = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width that a UNet sees
+# in kohya's words; a UNet that may be either is taken for the one that far more files are for
+_BASES = {
+    "SD1.x": "sd_v1",
+    "SD2.x": "sd_v2",
+    "SDXL": "sdxl_base_v1-0",
+    "SD1.x or SD2.x": "sd_v1",
+}
 
 
 class Family(NamedTuple):
@@ -39,20 +45,29 @@ class Family(NamedTuple):
 
 def family_of(adapter: Adapter) -> Family:
     """The family of an adapter's base, by names and sizes; what its metadata claim is apart."""
-    name, because = _told(adapter)
+    name, because = _told(adapter.layers, places_of(adapter.layers))
     about = adapter.metadata
     claimed = about.get("ss_base_model_version") or about.get("modelspec.architecture") or ""
     return Family(name, because, claimed)
 
 
-def _told(adapter: Adapter) -> tuple[str, str]:
-    found = places_of(adapter.layers)
+def base_of(layers: Mapping[str, AdapterLayer], found: Mapping[str, Place]) -> str | None:
+    """The family in kohya's words; None where nothing tells.
+
+    Args:
+        layers: An adapter's layers.
+        found: Where each belongs.
+    """
+    return _BASES.get(_told(layers, found)[0])
+
+
+def _told(layers: Mapping[str, AdapterLayer], found: Mapping[str, Place]) -> tuple[str, str]:
     stems = {name: place.stem for name, place in found.items()}
     parts = {place.component for place in found.values()}
     unet = {
-        name: adapter.layers[name]
+        name: layers[name]
         for name, stem in stems.items()
-        if found[name].component in ("", "unet") and _UNET.fullmatch(stem)
+        if found[name].component in ("", "unet") and UNET.fullmatch(stem)
     }
     if unet:
         return _of_unet(unet, stems, parts)
@@ -60,10 +75,10 @@ def _told(adapter: Adapter) -> tuple[str, str]:
         name
         for name, stem in stems.items()
         if found[name].component.startswith("text_encoder")
-        or (not found[name].component and _CLIP.fullmatch(stem))
+        or (not found[name].component and CLIP.fullmatch(stem))
     ]
     if len(text) == len(stems):
-        widths = sorted({_width(adapter.layers[n]) for n in text if _TEXT.fullmatch(stems[n])})
+        widths = sorted({_width(layers[n]) for n in text if _TEXT.fullmatch(stems[n])})
         named = sorted(parts - {""})
         what = f"is one of {', '.join(named)}" if named else "has a name of CLIP's text encoders"
         wide = f", of width {', '.join(map(str, widths))}" if widths else ""
