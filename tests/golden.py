@@ -32,18 +32,13 @@ def file_of(case: Path, about: Mapping[str, Any]) -> Path:
     return next(case / name for name in NAMES if (case / name).exists())
 
 
-def models_of(case: Path, about: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The base models of a case by component, "" for a plain one, with the peer's weights."""
+def weights_of(case: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The base's tensors by component, in the order of the model's modules; "" for a plain one."""
     if "base" not in about:
-        weights = safetensors.torch.load_file(case / "base.safetensors")
-        if about["peer"] == "loralib":
-            return {"": tree(weights, about["fan_in_fan_out"])}
-        model = TinyMix()
-        model.load_state_dict(weights)
-        return {"": model}
+        return {"": safetensors.torch.load_file(case / "base.safetensors")}
     stem = Path(about["base"][0]).name.partition("_unet")[0]
     skeleton = json.loads((GOLDEN / "diffusers_base" / f"{stem}_skeleton.json").read_text())
-    models = {}
+    found = {}
     for file in about["base"]:
         part = Path(file).stem.rpartition("_")[2]
         weights = safetensors.torch.load_file(GOLDEN / file)
@@ -52,9 +47,20 @@ def models_of(case: Path, about: Mapping[str, Any]) -> dict[str, nn.Module]:
             if part == "unet"
             else list(skeleton["text_modules"][part])
         )
-        # in the order of the model's modules, which some files count
-        models[COMPONENTS.get(part, part)] = tree({key: weights[key] for key in names} | weights)
-    return models
+        # some files count the modules
+        found[COMPONENTS.get(part, part)] = {key: weights[key] for key in names} | weights
+    return found
+
+
+def models_of(case: Path, about: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The base models of a case by component, "" for a plain one, with the peer's weights."""
+    found = weights_of(case, about)
+    if "base" in about or about["peer"] == "loralib":
+        transposed = about.get("fan_in_fan_out", ())
+        return {part: tree(weights, transposed) for part, weights in found.items()}
+    model = TinyMix()
+    model.load_state_dict(found[""])
+    return {"": model}
 
 
 def tree(weights: Mapping[str, Tensor], transposed: Sequence[str] = ()) -> nn.Module:

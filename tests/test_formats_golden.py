@@ -17,7 +17,7 @@ from lora_core._errors import ConfigError, UnsupportedFileError
 from lora_core._formats import Adapter, read
 from lora_core._formats.deltas import dense_delta
 from lora_core._formats.naming import Host, Resolution, resolve
-from tests.golden import COMPONENTS, GOLDEN, cases, file_of
+from tests.golden import COMPONENTS, GOLDEN, cases, file_of, weights_of
 
 TRAPS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "traps" / "traps.json").read_text())
 UNET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -27,24 +27,6 @@ TEXT = "encoder.layers.0.self_attn.q_proj"
 
 def tensors(path: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path)
-
-
-def weights_of(case: Path, about: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The base's weights by component, in the order of the model's modules; "" for a plain one."""
-    if "base" not in about:
-        return {"": tensors(case / "base.safetensors")}
-    found = {}
-    for file in about["base"]:
-        part = Path(file).stem.rpartition("_")[2]
-        found[COMPONENTS.get(part, part)] = tensors(GOLDEN / file)
-    skeleton = Path(about["base"][0]).name.partition("_unet")[0]
-    described = json.loads((GOLDEN / "diffusers_base" / f"{skeleton}_skeleton.json").read_text())
-    order = [f"{name}.weight" for name in described["unet_modules"]]
-    found["unet"] = {name: found["unet"][name] for name in order}
-    for part, listed in described["text_modules"].items():
-        component = COMPONENTS[part]
-        found[component] = {name: found[component][name] for name in listed}
-    return found
 
 
 def hosts(weights: dict[str, Tensor]) -> list[Host]:
