@@ -730,6 +730,34 @@ def test_lora_mixed_with_another_algorithm_is_refused_with_what_is_there(path: P
         read(store(path, kohya() | {"lora_unet_b.hada_w1_a": rand(2, 2)}))
 
 
+def test_what_is_no_part_of_a_lora_is_refused_or_left_out_with_a_note(path: Path) -> None:
+    tensors = kohya() | {"lora_unet_b.lora_up.weight": rand(4, 2)}
+    store(path, tensors)
+    with pytest.raises(CorruptFileError, match="but 'lora_unet_b' has only the up factor"):
+        read(path)
+    assert read(path, strict=False).notes == (
+        "left out, modules without both factors: 'lora_unet_b (only up)'",
+    )
+    store(path, tensors | {"what.ever": rand(2, 2)})
+    said = (
+        "^'.*' must be LoRA throughout, but beside 2 modules of LoRA it has 1 keys of no format"
+        " that is known: 'what.ever'. Read it with the program that wrote it, or leave them out"
+        " with strict=False.$"
+    )
+    with pytest.raises(UnsupportedFileError, match=said):
+        read(path)
+    adapter = read(path, strict=False)
+    assert list(adapter.layers) == [KOHYA]
+    assert adapter.notes[0] == "left out, keys of no known format: 'what.ever'"
+    # with part of what it does left out, another algorithm's adapter is another
+    store(path, tensors | {"lora_unet_c.hada_w1_a": rand(2, 2)})
+    with pytest.raises(UnsupportedFileError, match="keys of LoHa"):
+        read(path, strict=False)
+    store(path, {"lora_unet_b.lora_up.weight": rand(4, 2)})
+    with pytest.raises(UnsupportedFileError, match="none of its modules has a rank. left out, mod"):
+        read(path, strict=False)
+
+
 def test_formats_that_no_program_mixes_are_refused(path: Path) -> None:
     tensors = kohya() | {"fc.lora_A": rand(2, 5), "fc.lora_B": rand(4, 2)}
     with pytest.raises(UnsupportedFileError, match=r"of one format, but has keys of 'kohya', 'lor"):

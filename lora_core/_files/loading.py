@@ -61,8 +61,9 @@ def load(
         name: What to call the adapter here; None means as it was saved.
         scale: Its strength; None means 1, or that of the adapter whose place it takes.
         strict: Whether a layer that the model lacks, or a base model with other weights, is an
-            error, or a module that the file knows under several names and the model does not; else
-            the rest is loaded, and all are warned of and noted in the report.
+            error, or a module that the file knows under several names and the model does not, or
+            one without both factors, or a key of no known format; else the rest is loaded, and all
+            are warned of and noted in the report.
         check_base: Whether to compare the weights with those the adapter was trained on.
         replace: Whether it takes the place of the adapter of its name.
         reserve_rank: Ranks to make room for; None means none but the file's, or as many as the
@@ -104,7 +105,9 @@ def load(
         file, path = path, path.name
     else:
         path = os.fsdecode(path)
-        file = read(path, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora)
+        file = read(
+            path, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora, strict=strict
+        )
     name = file.name if name is None else name
     file, notes = part_of(file, only, repr(path)), list(file.notes)
     if not is_placed(file, models):

@@ -25,9 +25,13 @@ _MIXED = frozenset(("kohya", "difference", "diffusers", "A/B", "dotted"))
 
 
 def gathered(
-    opened: Opened,
+    opened: Opened, *, strict: bool = True
 ) -> tuple[dict[str, Module], list[tuple[str, Module]], list[str]]:
     """The modules that have factors, what is whole with its family, and notes.
+
+    Args:
+        opened: The file.
+        strict: Whether keys of no known format beside LoRA are an error; else they are noted.
 
     Raises:
         CorruptFileError: If two keys hold the same.
@@ -65,6 +69,11 @@ def gathered(
     for _, name in wholes:
         if name in modules and set(modules[name].parts) == {"alpha"}:
             del modules[name]  # a difference has no scale
+    notes = {"embeddings of textual inversion": embeddings}
+    if not strict and (modules or wholes):
+        unknown = [key for key, t in others.items() if not refusing.algorithm_of(key, t)]
+        notes["keys of no known format"] = unknown
+        others = {key: t for key, t in others.items() if key not in unknown}
     if others or not (modules or wholes):
         pairs = [name for name, module in modules.items() if {"down", "up"} & set(module.parts)]
         refusing.refuse(where, others, pairs, embeddings)
@@ -75,9 +84,9 @@ def gathered(
             f"{where!r} must be of one format, but has keys of {listed(sorted(families))}. Save"
             " each adapter to a file of its own."
         )
-    notes = [f"left out, embeddings of textual inversion: {listed(embeddings)}"]
     found_wholes = [(family, module) for (family, _), module in wholes.items()]
-    return modules, found_wholes, notes if embeddings else []
+    said = [f"left out, {what}: {listed(keys)}" for what, keys in notes.items() if keys]
+    return modules, found_wholes, said
 
 
 def _parsed(key: str, tensor: Tensor) -> Key | None:

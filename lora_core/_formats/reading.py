@@ -25,6 +25,7 @@ def read(
     alpha: float | Mapping[str, float] | None = None,
     allow_pickle: bool = False,
     enable_lora: loralib.Enabled = None,
+    strict: bool = True,
 ) -> Adapter:
     """The adapter of a file, or of PEFT's folder, by whichever program it was written.
 
@@ -34,6 +35,8 @@ def read(
             file's module names. Required where the format has no rule for it.
         allow_pickle: Whether a pickle may be read, its tensors alone and no code.
         enable_lora: Which projections of a loralib MergedLinear were trained, for all or by name.
+        strict: Whether keys of no known format and modules with one factor are errors; else they
+            are left out and noted.
 
     Raises:
         CorruptFileError: If the file is damaged, hostile, or holds NaN or infinity.
@@ -47,8 +50,8 @@ def read(
     merged = loralib.Merged(enable_lora, where)
     if "lora_core" in opened.metadata:
         return _native(opened, alphas, merged)
-    modules, wholes, notes = gathered(opened)
-    layers, more = _layers(opened, modules, alphas, merged)
+    modules, wholes, notes = gathered(opened, strict=strict)
+    layers, more = _layers(opened, modules, alphas, merged, strict=strict)
     for family, module in wholes:
         name = module.key.module
         if name in layers:
@@ -89,13 +92,18 @@ def _native(opened: Opened, alphas: Alphas, merged: loralib.Merged) -> Adapter:
 
 
 def _layers(
-    opened: Opened, modules: Mapping[str, Module], alphas: Alphas, merged: loralib.Merged
+    opened: Opened,
+    modules: Mapping[str, Module],
+    alphas: Alphas,
+    merged: loralib.Merged,
+    *,
+    strict: bool,
 ) -> tuple[dict[str, AdapterLayer], list[str]]:
     where = str(opened.path)
     described = _described(opened, modules)
     any_alpha = any("alpha" in m.parts or "scale" in m.parts for m in modules.values())
     layers: dict[str, AdapterLayer] = {}
-    empty, narrow = [], []
+    empty, narrow, halved = [], [], []
     for name, module in modules.items():
         parts, times, embedding = module.parts, 1.0, False
         if "loralib" in module.families and len(parts) == 2:
@@ -108,6 +116,9 @@ def _layers(
             embedding = minlora.is_embedding(parts["down"], parts["up"])
             if embedding:
                 parts |= {half: parts[half].T for half in ("down", "up")}
+        if not (strict or {"down", "up"} <= parts.keys()):
+            halved.append(f"{name} (only {', '.join(parts)})")
+            continue
         pair = paired(name, parts, where)
         settings = described.get(module.key.component)
         rank = pair[0].shape[0]
@@ -132,7 +143,7 @@ def _layers(
         )
     alphas.check()
     merged.check([name for name, module in modules.items() if "loralib" in module.families])
-    return layers, _notes(layers, empty, narrow, described)
+    return layers, _notes(layers, empty, narrow, halved, described)
 
 
 def _described(opened: Opened, modules: Mapping[str, Module]) -> dict[str, PeftSettings]:
@@ -177,6 +188,7 @@ def _notes(
     layers: Mapping[str, AdapterLayer],
     empty: list[str],
     narrow: list[str],
+    halved: list[str],
     described: Mapping[str, PeftSettings],
 ) -> list[str]:
     zero = [name for name, found in layers.items() if found.settings.alpha == 0]
@@ -184,6 +196,7 @@ def _notes(
     said = (
         (zero, "alpha is 0, so that these add nothing (some programs read it as the rank)"),
         (empty, "left out, modules of rank 0"),
+        (halved, "left out, modules without both factors"),
         (narrow, "read as float32, as float8 has no arithmetic"),
         (unknown, "settings that this reader doesn't know"),
     )

@@ -110,8 +110,13 @@ def refuse(
             f"{where!r} must hold an adapter alone, but holds {len(others)} parameters of the model"
             f" itself: {listed(others)}. Save the adapter's own state dict."
         )
-    has = f" beside {len(modules)} modules of LoRA" if modules else ""
+    if modules:
+        raise UnsupportedFileError(
+            f"{where!r} must be LoRA throughout, but beside {len(modules)} modules of LoRA it has"
+            f" {len(others)} keys of no format that is known: {listed(others)}. Read it with the"
+            " program that wrote it, or leave them out with strict=False."
+        )
     raise UnsupportedFileError(
-        f"{where!r} must hold LoRA, but its keys are of no format that is known{has}:"
+        f"{where!r} must hold LoRA, but its keys are of no format that is known:"
         f" {listed(others) or 'it has none'}. Read it with the program that wrote it."
     )
