@@ -391,3 +391,18 @@ def test_a_whole_difference_of_a_normalisation_is_refused_as_one(tmp_path: Path)
         lora_core.load(model, tmp_path / "a.safetensors")
     with pytest.warns(UserWarning, match="whole differences of layers that can carry no adapter"):
         lora_core.load(model, tmp_path / "a.safetensors", strict=False)
+
+
+def test_a_pipeline_given_as_one_module_is_told_to_be_given_by_its_parts(tmp_path: Path) -> None:
+    whole = nn.Module()
+    whole.unet = nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_k": nn.Linear(4, 4)})
+    path = tmp_path / "kohya.safetensors"
+    stem = "lora_unet_to_q"
+    safetensors.torch.save_file(
+        {f"{stem}.lora_down.weight": torch.ones(1, 4), f"{stem}.lora_up.weight": torch.ones(4, 1)},
+        path,
+    )
+    said = r"but none of its 1 is: .* Give the models in it by part: {'unet': model.unet}\.$"
+    with pytest.raises(MismatchError, match=said):
+        lora_core.load(whole, path)
+    assert len(lora_core.load({"unet": whole.unet}, path).layers) == 1

@@ -78,10 +78,11 @@ def _text(found: "Comparison", args: argparse.Namespace, *, same: bool) -> str:
             lines.append(f"only in {file}: {len(alone)} layers")
             lines += [f"  {name}  norm {norm:.4g}" for name, norm in list(alone.items())[:_SHOWN]]
             lines += _rest(len(alone))
-    if not layers:
+    if all(found.alone):
+        few = "layers that only one has may be" if layers else "no layer has the same name in both:"
         lines.append(
-            "no layer has the same name in both: where one file spells names with underscores or"
-            " for another program, give the base model of both, --base"
+            f"{few} the same under other names, as another program spells them (with underscores,"
+            " or as LDM's): give the base model of both, --base"
         )
     verdict = "the same function" if same else "not the same function"
     lines.append(

@@ -97,7 +97,7 @@ def _check(
         raise MismatchError(
             f"A layer of {where!r} must be in the model, but none of its {len(file.layers)} is:"
             f" {listed([_near(n, lost.get(n, '')) for n in file.layers])}; it has {len(known)}:"
-            f" {listed(known)}. Load it into the model it was made for."
+            f" {listed(known)}. {_repair(file, models)}"
         )
     own = _own(file, resolution)
     if wanted and strict:
@@ -132,6 +132,16 @@ def _check(
         (idle, "without a part in the file"),
     )
     return [f"{what}: {listed(names)}" for names, what in said if names]
+
+
+def _repair(file: Adapter, models: Mapping[str, nn.Module]) -> str:
+    """What to do where nothing of a file is in the models: one may hold those it is for."""
+    wanted = dict.fromkeys(layer.component for layer in file.layers.values() if layer.component)
+    inside = models[""]._modules if "" in models else {}
+    if wanted and all(part in inside for part in wanted):
+        given = ", ".join(f"{part!r}: model.{part}" for part in wanted)
+        return f"Give the models in it by part: {{{given}}}."
+    return "Load it into the model it was made for."
 
 
 def _is_there(layer: AdapterLayer, models: Mapping[str, nn.Module]) -> bool:
