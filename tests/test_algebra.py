@@ -77,7 +77,8 @@ def make_layer(
     if settings.get("bias"):
         shapes["lora_bias"] = (out,)
     if settings.get("dora"):
-        shapes["lora_magnitude"] = (out,)
+        inside = settings.get("dora_in")
+        shapes["lora_in_magnitude" if inside else "lora_magnitude"] = (width if inside else out,)
     draw = torch.Generator().manual_seed(seed)
     parts = {part: torch.randn(shape, generator=draw).to(dtype) for part, shape in shapes.items()}
     kind = {"tucker": "conv", "experts": "weight", "subtracted": "linear"}.get(form, form)
@@ -1057,6 +1058,58 @@ def test_names_are_found_as_load_finds_them(tmp_path: Path) -> None:
         merge_file(tmp_path / "b.safetensors", counted, tmp_path / "none")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_what_is_more_than_factors_merges_into_a_file_as_into_the_model(
+    dtype: torch.dtype, strength: float, tmp_path: Path
+) -> None:
+    model = nn.ModuleDict(
+        {
+            "whole": nn.Linear(6, 7),
+            "value": nn.Linear(6, 7),
+            "beside": nn.Linear(6, 7),
+            "bias": nn.Linear(6, 7),
+            "conv": nn.Conv2d(6, 7, KERNEL),
+            "table": nn.Embedding(9, 6),
+            "turned": Conv1D(7, 6),
+            "columns": nn.Linear(6, 7),
+            "kernels": nn.Conv2d(6, 7, KERNEL),
+        }
+    ).to(dtype)
+    columns: dict[str, Any] = {"dora": True, "dora_in": True}
+
+    def whole(parts: dict[str, Tensor], path: str) -> AdapterLayer:
+        return AdapterLayer("difference", None, parts, path=path)
+
+    layers = {
+        "whole": whole({"weight": torch.randn(7, 6), "bias": torch.randn(7)}, path="whole"),
+        "value": AdapterLayer(
+            "values", None, {"weight": torch.randn(7, 6), "bias": torch.randn(7)}, path="value"
+        ),
+        "beside": make_layer(dtype=torch.float16),
+        "beside.bias": AdapterLayer("values", None, {"bias": torch.randn(7)}, path="beside"),
+        "bias": whole({"bias": torch.randn(7)}, path="bias"),
+        "conv": whole({"weight": torch.randn(7, 6, *KERNEL)}, path="conv"),
+        "table": whole({"weight": torch.randn(9, 6)}, path="table"),
+        "turned": whole({"weight": torch.randn(6, 7)}, path="turned"),
+        "columns": make_layer(**columns),
+        "kernels": make_layer("conv", **columns),
+    }
+    base, out = saved(model, tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    a, told = Adapter("style", layers), list[LayerResult]()
+    merge_file(base, a, out, strength=strength, told=told.append)
+    lora_core.load(model, a, scale=strength)
+    lora_core.merge(model)
+    assert_same_bits(file_state(out), state(model))
+    before = file_state(base)
+    changed = {n for n, t in file_state(out).items() if not torch.equal(t, before[n])}
+    assert changed == {n for n in before if n not in ("bias.weight", "conv.bias", "turned.bias")
+                       and not n.startswith(("columns.b", "kernels.b"))}  # fmt: skip
+    ranks = {"whole": 6, "value": 6, "bias": 0, "conv": 7, "table": 6, "turned": 6}
+    ranks |= {"beside": 2, "columns": 2, "kernels": 2}
+    assert {r.name: r.rank for r in told} == ranks
+
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 PARTS = {"unet": "unet", "te1": "text_encoder"}
 
@@ -1160,12 +1213,17 @@ def test_an_adapter_of_another_model_is_refused_with_both_sides(
 def test_what_is_no_product_or_no_plain_number_is_refused(
     lin: tuple[Path, Adapter], tmp_path: Path
 ) -> None:
-    base, a = lin
-    odd = AdapterLayer("difference", None, {"weight": torch.ones(7, 6)})
-    with pytest.raises(UnsupportedLayerError, match=(
-        r"^A layer must be factors to be merged into a file, but 'lin' is of the kind 'differe"
-    )):  # fmt: skip
-        merge_file(base, replace(a, layers={"lin": odd}), tmp_path / "out")
+    _, a = lin
+    norm = {"norm.weight": torch.ones(6)}
+    safetensors.torch.save_file(norm, tmp_path / "norm.safetensors")
+    stem: dict[str, Any] = {"component": "unet", "path": "norm", "spelling": "stem"}
+    odd = AdapterLayer("difference", None, {"weight": torch.ones(6)})
+    for layers in ({"norm": odd}, {"lora_unet_norm": replace(odd, **stem)}):
+        with pytest.raises(UnsupportedLayerError, match=(
+            r"^A whole difference must be of a matrix or a kernel to be merged into, but"
+            r" 'norm\.weight' has shape \(6,\), as of normalisation\."
+        )):  # fmt: skip
+            merge_file(tmp_path / "norm.safetensors", replace(a, layers=layers), tmp_path / "out")
     codes = {"lin.weight": torch.zeros(7, 6, dtype=torch.int8)}
     safetensors.torch.save_file(codes, tmp_path / "codes.safetensors")
     with pytest.raises(UnsupportedLayerError, match=(

@@ -39,7 +39,7 @@ def merge_file(
 
     Each weight is what `merge` makes of it in a model, bit for bit: the sum in float32, rounded
     once. Every other tensor, and the header, are the base's, byte for byte. In memory is one tensor
-    at a time, whatever the size of the checkpoint; for DoRA, Tucker and bias a few copies of it.
+    at a time, whatever the size of the checkpoint; what is more than factors takes a few copies.
 
     The file appears whole at the end: after a kill at any moment `out` is what it was, or the new
     checkpoint. Shards go into a new folder, which appears whole likewise.
@@ -60,7 +60,7 @@ def merge_file(
     Raises:
         ConfigError: If a setting is out of range, or something is at `out`.
         MismatchError: If a layer of the adapter is not in the checkpoint, or has other sizes.
-        UnsupportedLayerError: If a layer is no product of factors, or its tensor is quantised.
+        UnsupportedLayerError: If the tensor of a layer is quantised.
         MergeError: If a merged weight would not be finite.
         CorruptFileError: If the checkpoint is damaged or of another kind.
         OSError: If a file can't be read or written.
@@ -98,7 +98,9 @@ def merge_file(
         def change(entry: Entry, data: memoryview) -> None:
             for name, share in _merge_one(names[entry], entry, data, hosts, checkpoint).items():
                 lost[name] = share
-                tell(name, layers[name].layer.settings.rank, share)
+                found = layers[name]
+                shape = found.place.shape(checkpoint.entries[found.place.tensor].shape)
+                tell(name, found.rank(shape), share)
 
         respliced(file, names, into, change)
 

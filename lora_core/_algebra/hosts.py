@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from lora_core._algebra.checkpoints import Checkpoint
 from lora_core._algebra.locating import Located, bias_of
+from lora_core._formats import AdapterLayer
+from lora_core._formats.conforming import conformed, joined
 from lora_core._layers import PROJECTIONS, Slot, attach
 
 _CONVOLUTIONS: Mapping[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -57,28 +59,36 @@ class Hosts:
         self.biases = {
             bias_of(found.place.tensor): found.place.tensor
             for found in layers.values()
-            if found.layer.settings.bias
+            if found.changes_bias
         }
 
     def make(self, tensor: str, weight: Tensor) -> Made:
         """The module of one weight, which is not copied, with the layers' adapters on."""
         paths = self.layers[tensor]
         first = self._located[paths[0]]
-        if first.layer.kind == "weight":
+        if first.place.part is not None or first.layer.kind == "weight":
             made, targets = self._read(paths, weight)
         else:
             module = _module(first, weight)
             module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
             module._parameters["bias"] = None
-            if first.layer.settings.bias:
+            if first.changes_bias:
                 bias = self._checkpoint.read(bias_of(tensor)).clone()
                 module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
             made, targets = Made(_under(paths[0], module), module), [module]
         for path, target in zip(paths, targets, strict=True):
-            layer = self._located[path].layer
+            layer = self._conformed(path, target)
             parts = {part: nn.Parameter(t, requires_grad=False) for part, t in layer.parts.items()}
             attach(target, self._name, layer.settings, parts, self._strength)
         return made
+
+    def _conformed(self, path: str, module: nn.Module | Slot) -> AdapterLayer:
+        """The layer as the module carries it: what is whole becomes factors, as `load` has it."""
+        found, where = self._located[path], str(self._checkpoint.path)
+        layer = conformed(path, found.layer, module, where)
+        if found.beside is None:
+            return layer
+        return joined(path, layer, conformed(path, found.beside, module, where), where)
 
     def _read(
         self, paths: Sequence[str], weight: Tensor
@@ -109,7 +119,8 @@ def _module(found: Located, weight: Tensor) -> nn.Module:
     options: dict[str, Any] = {"device": "meta"}
     if found.layer.kind == "embedding":
         return nn.Embedding(first, others[0], **options)
-    if found.layer.kind == "conv":
+    # of what is whole the file says no kind, nor does it matter
+    if found.layer.kind == "conv" or (found.layer.config is None and others[1:]):
         kernel = tuple(others[1:])
         return _CONVOLUTIONS[weight.ndim](others[0], first, kernel, **options)
     return Conv1D() if found.transposed else nn.Linear(others[0], first, **options)

@@ -1,5 +1,6 @@
 """Where in a checkpoint each layer of an adapter belongs."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -38,11 +39,25 @@ class Located(NamedTuple):
         layer: It, in the layouts of the layers here.
         place: Where its update goes.
         transposed: Whether the matrix there is stored ``(in, out)``.
+        beside: A bias that the adapter has apart from its factors.
     """
 
     layer: AdapterLayer
     place: Place
     transposed: bool
+    beside: AdapterLayer | None = None
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the bias beside the tensor changes too."""
+        parts = self.layer.parts
+        return self.beside is not None or "lora_bias" in parts or "bias" in parts
+
+    def rank(self, shape: tuple[int, ...]) -> int:
+        """The rank of the update of a tensor of this shape, 0 for a bias alone."""
+        if self.layer.config is not None:
+            return self.layer.config.rank
+        return min(shape[0], math.prod(shape[1:])) if "weight" in self.layer.parts else 0
 
 
 def place_of(path: str, tensors: Collection[str]) -> Place | None:
@@ -75,36 +90,49 @@ def located(
     Raises:
         MismatchError: If a layer has no place, two have one, or one doesn't fit its tensor; or a
             bias that is to change is missing.
-        UnsupportedLayerError: If a layer is no product of factors, or its tensor no plain numbers.
+        UnsupportedLayerError: If a tensor is no plain numbers.
     """
     paths = _paths(adapter, checkpoint)
-    for name, layer in adapter.layers.items():
-        if layer.config is None or "lora_in_magnitude" in layer.parts:
-            kind = layer.kind if layer.config is None else "DoRA over inputs"
-            raise UnsupportedLayerError(
-                f"A layer must be factors to be merged into a file, but {name!r} is of the kind"
-                f" {kind!r}. Merge it into the model, with `load` and `merge`."
-            )
-    layers = {path: adapter.layers[name] for name, path in paths.items()}
+    layers, beside = _apart(adapter, paths)
     places = {path: place for path in layers if (place := place_of(path, checkpoint.entries))}
     times = Counter(places.values())
     twice = [path for path, place in places.items() if times[place] > 1]
-    if twice or len(layers) < len(paths):
+    if twice or len(layers) + len(beside) < len(paths):
         raise MismatchError(
             f"Each layer must have a tensor of its own, but {listed(twice or paths)} share one of"
             f" {str(checkpoint.path)!r}. Rename one of them."
         )
-    for path, layer in layers.items():
+    for path, layer in (*layers.items(), *beside.items()):
         _check_tensors(places[path].tensor, layer, checkpoint)
     turned = _orientations(layers, places, checkpoint, transposed)
+
+    def fits(path: str, layer: AdapterLayer) -> AdapterLayer:
+        return _fitted(path, layer, places[path], checkpoint.entries, turned.get(path, False))
+
     return {
         path: Located(
-            _fitted(path, layer, places[path], checkpoint.entries, turned.get(path, False)),
+            fits(path, layer),
             places[path],
             turned.get(path, False),
+            fits(path, beside[path]) if path in beside else None,
         )
         for path, layer in layers.items()
     }
+
+
+def _apart(
+    adapter: Adapter, paths: Mapping[str, str]
+) -> tuple[dict[str, AdapterLayer], dict[str, AdapterLayer]]:
+    """The layers by path, and what an adapter has for the bias of one apart from its factors."""
+    layers: dict[str, AdapterLayer] = {}
+    beside: dict[str, AdapterLayer] = {}
+    # those with factors first
+    for name in sorted(paths, key=lambda name: adapter.layers[name].config is None):
+        layer, path = adapter.layers[name], paths[name]
+        alone = layer.config is None and set(layer.parts) == {"bias"}
+        mine = beside if alone and path in layers else layers
+        mine.setdefault(path, layer)
+    return layers, beside
 
 
 def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
@@ -117,12 +145,12 @@ def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
             f"Modules must have names to be found in a checkpoint, but {listed(counted)} of adapter"
             f" {adapter.name!r} have numbers. Load it into the model, and save it from there."
         )
-    exact = {
-        n for n, layer in layers.items() if layer.spelling == "dotted" and place_of(n, entries)
-    }
-    rest = {name: layer for name, layer in layers.items() if name not in exact}
+    # beside factors a difference has a name of its own
+    own = {n: n if x.config or x.component else x.path or n for n, x in layers.items()}
+    paths = {n: own[n] for n, x in layers.items() if x.spelling == "dotted"}
+    paths = {n: path for n, path in paths.items() if place_of(path, entries)}
+    rest = {name: layer for name, layer in layers.items() if name not in paths}
     found = resolve(rest, {"": list(_hosts(entries))}, adapter.name) if rest else None
-    paths = {n: n for n in layers if n in exact}
     if found is not None:
         paths |= {name: path for name, (_, path) in found.found.items()}
     missing = [name for name in layers if name not in paths]
@@ -146,7 +174,7 @@ def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
 def _hosts(entries: Mapping[str, Entry]) -> Iterator[Host]:
     """What the checkpoint's tensors are the weights of."""
     for name, entry in entries.items():
-        if len(entry.shape) > 1:
+        if len(entry.shape) > 1 or (entry.shape and name.endswith(".weight")):
             yield Host(name.removesuffix(".weight"), "", entry.shape)
         if name.rpartition(".")[2] == _PACKED:
             for part, label in enumerate(PROJECTIONS):
@@ -155,12 +183,18 @@ def _hosts(entries: Mapping[str, Entry]) -> Iterator[Host]:
 
 
 def _check_tensors(tensor: str, layer: AdapterLayer, checkpoint: Checkpoint) -> None:
-    if "lora_bias" in layer.parts and bias_of(tensor) not in checkpoint.entries:
+    if {"lora_bias", "bias"} & layer.parts.keys() and bias_of(tensor) not in checkpoint.entries:
         raise MismatchError(
             f"The checkpoint must have the biases that the adapter changes, but {bias_of(tensor)!r}"
             f" is not in {str(checkpoint.path)!r}. Take the checkpoint that it was made for."
         )
-    dtype = checkpoint.entries[tensor].dtype
+    dtype, shape = checkpoint.entries[tensor].dtype, checkpoint.entries[tensor].shape
+    if len(shape) < 2 and layer.config is None:
+        raise UnsupportedLayerError(
+            f"A whole difference must be of a matrix or a kernel to be merged into, but"
+            f" {tensor!r} has shape {shape}, as of normalisation. Merge it with the program that"
+            " wrote it."
+        )
     if dtype not in DTYPES:
         raise UnsupportedLayerError(
             f"A tensor must be of 16-bit floating numbers or wider to be merged into, but"
@@ -178,9 +212,9 @@ def _orientations(
     told, square = {}, []
     for path, layer in layers.items():
         shape = checkpoint.entries[places[path].tensor].shape
-        lora_A, lora_B = layer.parts["lora_A"], layer.parts["lora_B"]
         if layer.kind not in ("linear", "matrix") or len(shape) != 2:
             continue
+        lora_A, lora_B = layer.parts["lora_A"], layer.parts["lora_B"]
         if shape[0] == shape[1] and not layer.transposed:
             square.append(path)
         else:

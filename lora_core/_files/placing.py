@@ -6,9 +6,9 @@ from dataclasses import replace
 from torch import nn
 
 from lora_core._errors import MismatchError, listed
-from lora_core._files.conforming import conformed, joined
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.bases import rebased
+from lora_core._formats.conforming import conformed, joined
 from lora_core._formats.naming import Host, Resolution, resolve
 from lora_core._injection import Candidate, walk
 from lora_core._layers import mixin_of, peek

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lora_core._config import AdapterConfig
 from lora_core._errors import MismatchError
-from lora_core._formats import AdapterLayer
 from lora_core._formats.fitting import fitted
+from lora_core._formats.neutral import AdapterLayer
 from lora_core._layers import Slot, mixin_of, peek, sizes
 
 
@@ -25,8 +25,11 @@ def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: s
     """
     mixin = mixin_of(module)
     weight = peek(module)
-    matrix = weight.T if _is_transposed(module) else weight
-    found = fitted(name, found, matrix.shape, mixin.lora_kind, where)
+    # what is whole has the layout of the weight itself
+    turned = found.config is not None and _is_transposed(module)
+    found = fitted(
+        name, found, weight.shape[::-1] if turned else weight.shape, mixin.lora_kind, where
+    )
     if found.config is None:
         found = _as_factors(found, module)
     if "lora_in_magnitude" in found.parts:
