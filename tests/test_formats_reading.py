@@ -1055,3 +1055,24 @@ def test_any_mix_of_known_keys_is_read_or_refused(
         for weight in (torch.ones(3, 3), torch.ones(2, 1, 1, 1), torch.ones(3)):
             with suppress(LoRAError):
                 assert dense_delta(name, layer, weight).shape == weight.shape
+
+
+def test_pefts_copies_of_a_bias_are_one_and_the_bases_own_is_none(path: Path) -> None:
+    root, bias = "base_model.model", rand(4)
+    tensors = {
+        **pair(f"{root}.q"),
+        f"{root}.head.weight": rand(4, 5),
+        f"{root}.head.bias": bias,
+        f"{root}.head.modules_to_save.bias": bias,
+        f"{root}.head.original_module.bias": rand(4),
+    }
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "all"}
+    (path.parent / "adapter_config.json").write_text(json.dumps(settings))
+    folder = path.parent / "adapter_model.safetensors"
+    store(folder, tensors)
+    head = read(path.parent).layers["head"]
+    assert head.kind == "values"
+    assert torch.equal(head.parts["bias"], bias)
+    store(folder, tensors | {f"{root}.head.modules_to_save.bias": bias + 1})
+    with pytest.raises(CorruptFileError, match="two keys for the bias of 'head'"):
+        read(path.parent)

@@ -1,5 +1,6 @@
 """Files of other programs on live models: what the peers computed, and what is refused."""
 
+import copy
 import json
 import re
 import warnings
@@ -382,15 +383,64 @@ def test_one_module_by_two_names_is_not_summed_as_two(tmp_path: Path) -> None:
         lora_core.combine([bare, named], [1, 1])
 
 
-def test_a_whole_difference_of_a_normalisation_is_refused_as_one(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "q": nn.Linear(4, 4)})
-    stored = {"lycoris_norm.w_norm": torch.ones(4), "lycoris_q.diff": torch.ones(4, 4)}
-    safetensors.torch.save_file(stored, tmp_path / "a.safetensors")
-    said = "must be of a layer that can carry an adapter, but 'lycoris_norm' is of another kind"
-    with pytest.raises(MismatchError, match=said):
-        lora_core.load(model, tmp_path / "a.safetensors")
-    with pytest.warns(UserWarning, match="whole differences of layers that can carry no adapter"):
-        lora_core.load(model, tmp_path / "a.safetensors", strict=False)
+class RootNorm(nn.Module):
+    """As the models of transformers have it: one weight, no bias, a class of their own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+NORMS: dict[str, Any] = {
+    "layer": lambda: nn.LayerNorm(4),
+    "layer without bias": lambda: nn.LayerNorm(4, bias=False),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "batch": lambda: nn.BatchNorm1d(4),
+    "rms": lambda: nn.RMSNorm(4),
+    "of transformers": lambda: RootNorm(4),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_differences_of_normalisation_are_added_where_it_reads_them(
+    kind: str, training: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), NORMS[kind]()).train(training)
+    x, parts = torch.randn(3, 4), {n: torch.randn(4) for n, _ in model[1].named_parameters()}
+    asked, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for name, p in asked[1].named_parameters():
+            p.add_(parts[name])
+        asked[0].weight += torch.ones(4, 4)
+    stored = {f"lycoris_1.{name[0]}_norm": t for name, t in parts.items()}
+    safetensors.torch.save_file(stored | {"lycoris_0.diff": torch.ones(4, 4)}, tmp_path / "a")
+    report = lora_core.load(model, tmp_path / "a")
+    assert [x.name for x in report.layers] == ["0", *(f"1.{name}" for name in parts)]
+    assert_close(model(x), asked(x))
+    with lora_core.disabled(model):
+        assert_close(model(x), copy.deepcopy(model)(x))
+    for name, p in model[1].named_parameters():
+        assert "lora" in name or torch.equal(p, before[f"1.{name}"])
+    lora_core.save(model, tmp_path / "b")
+    again = nn.Sequential(nn.Linear(4, 4), NORMS[kind]()).train(training)
+    again.load_state_dict(before)
+    lora_core.load(again, tmp_path / "b")
+    assert_close(again(x), asked(x))
+    lora_core.merge(model.eval())
+    merged = {n: p for n, p in model.named_parameters() if "lora" not in n}
+    for name, p in asked.named_parameters():
+        assert_close(merged[name], p, rtol=0, atol=0)
+    lora_core.unmerge(model)
+    lora_core.eject(model)
+    assert type(model[1]) is type(asked[1])
+    learned = {n: t for n, t in before.items() if "running" not in n and "tracked" not in n}
+    for name, t in learned.items():
+        assert torch.equal(model.state_dict()[name], t)
 
 
 def test_a_pipeline_given_as_one_module_is_told_to_be_given_by_its_parts(tmp_path: Path) -> None:

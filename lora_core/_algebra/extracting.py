@@ -219,7 +219,9 @@ def _layers(base: _Side, tuned: _Side) -> list[_Layer]:
     """The layers that both sides have and that can have an update."""
     both = base.floating & tuned.floating
     model = base.module if base.module is not None else tuned.module
-    found = list(_of_model(model, both) if model is not None else _of_shapes(base.shapes, both))
+    found = list(
+        _of_model(model, base.shapes, both) if model is not None else _of_shapes(base.shapes, both)
+    )
     if not found:
         raise MismatchError(
             "`base` and `tuned` must share a weight that can have an update, but `base` has"
@@ -229,11 +231,15 @@ def _layers(base: _Side, tuned: _Side) -> list[_Layer]:
     return found
 
 
-def _of_model(model: nn.Module, tensors: frozenset[str]) -> Iterator[_Layer]:
+def _of_model(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], tensors: frozenset[str]
+) -> Iterator[_Layer]:
     found = []
     for candidate in walk(model):
         place, mixin = place_of(candidate.name, tensors), mixin_for(candidate.module)
-        if candidate.adaptable and not candidate.problem and place and mixin is not None:
+        if place is None or mixin is None or len(shapes[place.tensor]) < 2:
+            continue
+        if candidate.adaptable and not candidate.problem:
             found.append(_Layer(candidate.name, place, mixin.lora_kind, mixin.lora_matrix))
     packed = {layer.place.tensor for layer in found if layer.place.part is not None}
     for layer in found:  # by its parts, or whole

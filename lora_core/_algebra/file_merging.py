@@ -67,7 +67,7 @@ def merge_file(
         Whatever is raised, `out` is as it was.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from safetensors.torch import save_file
         >>> from lora_core._config import AdapterConfig
         >>> from lora_core._formats import AdapterLayer

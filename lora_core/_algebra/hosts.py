@@ -66,7 +66,7 @@ class Hosts:
         """The module of one weight, which is not copied, with the layers' adapters on."""
         paths = self.layers[tensor]
         first = self._located[paths[0]]
-        if first.place.part is not None or first.layer.kind == "weight":
+        if first.layer.kind == "weight" or first.place.part is not None or paths[0] == tensor:
             made, targets = self._read(paths, weight)
         else:
             module = _module(first, weight)

@@ -3,11 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from lora_core._algebra.checkpoints import DTYPES, Checkpoint, Entry
 from lora_core._errors import MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter
+from lora_core._formats.conforming import apart
 from lora_core._formats.fitting import fitted
 from lora_core._formats.naming import Host, resolve
 from lora_core._formats.neutral import AdapterLayer
@@ -104,6 +106,11 @@ def located(
         )
     for path, layer in (*layers.items(), *beside.items()):
         _check_tensors(places[path].tensor, layer, checkpoint)
+    for path in [n for n, x in layers.items() if x.config is None]:
+        if len(checkpoint.entries[places[path].tensor].shape) < 2:  # as of normalisation
+            split = apart(path, replace(layers.pop(path), path="", spelling="dotted"))
+            layers |= split
+            places |= {name: Place(name) for name in split}
     turned = _orientations(layers, places, checkpoint, transposed)
 
     def fits(path: str, layer: AdapterLayer) -> AdapterLayer:
@@ -188,13 +195,7 @@ def _check_tensors(tensor: str, layer: AdapterLayer, checkpoint: Checkpoint) -> 
             f"The checkpoint must have the biases that the adapter changes, but {bias_of(tensor)!r}"
             f" is not in {str(checkpoint.path)!r}. Take the checkpoint that it was made for."
         )
-    dtype, shape = checkpoint.entries[tensor].dtype, checkpoint.entries[tensor].shape
-    if len(shape) < 2 and layer.config is None:
-        raise UnsupportedLayerError(
-            f"A whole difference must be of a matrix or a kernel to be merged into, but"
-            f" {tensor!r} has shape {shape}, as of normalisation. Merge it with the program that"
-            " wrote it."
-        )
+    dtype = checkpoint.entries[tensor].dtype
     if dtype not in DTYPES:
         raise UnsupportedLayerError(
             f"A tensor must be of 16-bit floating numbers or wider to be merged into, but"

@@ -1,6 +1,6 @@
 """A file of another program, with the names and layers of the models it is to go on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -8,7 +8,7 @@ from torch import nn
 from lora_core._errors import MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.bases import rebased
-from lora_core._formats.conforming import conformed, joined
+from lora_core._formats.conforming import apart, conformed, joined
 from lora_core._formats.naming import Host, Resolution, resolve
 from lora_core._injection import Candidate, walk
 from lora_core._layers import mixin_of, peek
@@ -42,7 +42,13 @@ def placed(
     candidates = {part: _adaptable(model) for part, model in models.items()}
     hosts = {part: _hosts(found) for part, found in candidates.items()}
     resolution = resolve(file.layers, hosts, where)
-    notes = _check(resolution, file, models, hosts, where, strict=strict)
+    # what is whole may be of a module whose parameters alone can carry an adapter
+    bare = {name for name in resolution.missing if file.layers[name].config is None}
+    if bare:
+        split = [apart(n, x) if n in bare else {n: x} for n, x in file.layers.items()]
+        file = replace(file, layers={n: x for each in split for n, x in each.items()})
+        resolution = resolve(file.layers, hosts, where)
+    notes = _check(resolution, file, models, candidates, where, strict=strict)
     layers: dict[str, AdapterLayer] = {}
     names: dict[str, str] = {}
     for name, (part, path) in resolution.found.items():
@@ -81,7 +87,7 @@ def _check(
     resolution: Resolution,
     file: Adapter,
     models: Mapping[str, nn.Module],
-    hosts: Mapping[str, Sequence[Host]],
+    candidates: Mapping[str, Mapping[str, Candidate]],
     where: str,
     *,
     strict: bool,
@@ -93,7 +99,12 @@ def _check(
     idle = [part for part in models if part not in served]
     lost = resolution.missing
     if not resolution.found:
-        known = [f"{part}.{host.path}".lstrip(".") for part, mine in hosts.items() for host in mine]
+        known = [
+            f"{part}.{path}".lstrip(".")
+            for part, mine in candidates.items()
+            for path, candidate in mine.items()
+            if not candidate.raw
+        ]
         raise MismatchError(
             f"A layer of {where!r} must be in the model, but none of its {len(file.layers)} is:"
             f" {listed([_near(n, lost.get(n, '')) for n in file.layers])}; it has {len(known)}:"
@@ -106,13 +117,6 @@ def _check(
             f"Every part of {where!r} must have its model, but it also has {len(wanted)} layers"
             f" for {listed(parts)}: {listed(wanted, 2)}. Load it into"
             f" {{{models_wanted}}}, or in part with only={own[0]!r}."
-        )
-    bare = [n for n in lost if file.layers[n].config is None and _is_there(file.layers[n], models)]
-    if bare and strict:
-        raise MismatchError(
-            f"A whole difference of {where!r} must be of a layer that can carry an adapter, but"
-            f" {listed(bare)} is of another kind, as of normalisation. Pass strict=False to leave"
-            " it out."
         )
     if lost and strict:
         raise MismatchError(
@@ -127,8 +131,7 @@ def _check(
         )
     said = (
         (wanted, "for a model that is not given"),
-        (bare, "whole differences of layers that can carry no adapter"),
-        ([n for n in lost if n not in bare], "not in the model"),
+        ([*lost], "not in the model"),
         (idle, "without a part in the file"),
     )
     return [f"{what}: {listed(names)}" for names, what in said if names]
@@ -142,13 +145,6 @@ def _repair(file: Adapter, models: Mapping[str, nn.Module]) -> str:
         given = ", ".join(f"{part!r}: model.{part}" for part in wanted)
         return f"Give the models in it by part: {{{given}}}."
     return "Load it into the model it was made for."
-
-
-def _is_there(layer: AdapterLayer, models: Mapping[str, nn.Module]) -> bool:
-    """Whether a model has a module of this name, adaptable or not."""
-    names = (n for model in models.values() for n, _ in model.named_modules())
-    stem = layer.spelling == "stem"
-    return any((n.replace(".", "_") if stem else n) == layer.path for n in names)
 
 
 def _own(file: Adapter, resolution: Resolution) -> list[str]:

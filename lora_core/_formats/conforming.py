@@ -42,6 +42,23 @@ def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: s
     return replace(found, kind=mixin.lora_kind, path="", spelling="dotted", component="")
 
 
+def apart(name: str, layer: AdapterLayer) -> dict[str, AdapterLayer]:
+    """A whole difference of a module as one of each of its parameters, by their names.
+
+    So it goes on a module that is no layer with a matrix, as one of normalisation.
+
+    Args:
+        name: The module's name.
+        layer: The difference.
+    """
+    mark = "_" if layer.spelling == "stem" else "."
+    path = f"{layer.path or name}{mark}"
+    return {
+        f"{name}{mark}{part}": replace(layer, parts={"weight": tensor}, path=f"{path}{part}")
+        for part, tensor in layer.parts.items()
+    }
+
+
 def joined(name: str, factors: AdapterLayer, addition: AdapterLayer, where: str) -> AdapterLayer:
     """Factors, and an addition to the same module's bias that a file keeps apart from them.
 

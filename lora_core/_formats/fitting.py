@@ -37,6 +37,8 @@ def fitted(
     shape = tuple(shape)
     if layer.config is None:
         return _whole(name, layer, shape, where)
+    if len(shape) == 1 and kind == "weight":
+        shape = (1, *shape)  # a vector is a row
     if len(shape) < 2:
         _refuse(name, layer, shape, kind, where)
     if not kind:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from lora_core._errors import CorruptFileError, UnsupportedFileError, listed
@@ -58,7 +59,9 @@ def gathered(
                 if whole_of
                 else modules.setdefault(found.module, Module(found))
             )
-            if found.leaf in module.parts:
+            twice = module.parts.get(found.leaf)
+            # PEFT stores the bias of what was trained whole under two keys
+            if twice is not None and not (whole_of and _is_same(twice, opened.tensors[key])):
                 raise CorruptFileError(
                     f"{where!r} must hold one adapter, but has two keys for the {found.leaf} of"
                     f" {listed([found.module])}. Save each adapter to a file of its own."
@@ -87,6 +90,10 @@ def gathered(
     found_wholes = [(family, module) for (family, _), module in wholes.items()]
     said = [f"left out, {what}: {listed(keys)}" for what, keys in notes.items() if keys]
     return modules, found_wholes, said
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _parsed(key: str, tensor: Tensor) -> Key | None:

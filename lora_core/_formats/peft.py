@@ -22,7 +22,8 @@ _FACTOR = re.compile(rf"{_ROOT}\.lora_(?P<half>[AB]){_NAME}\.(?P<leaf>weight|bia
 _EMBEDDING = re.compile(rf"{_ROOT}\.lora_embedding_(?P<half>[AB])(?:\.[^.]+)?")
 _MAGNITUDE = re.compile(rf"{_ROOT}\.lora_magnitude_vector{_NAME}(?:\.weight)?")
 _VALUE = re.compile(
-    r"base_model\.model\.(?P<path>.+?)(?P<whole>\.base_layer|\.modules_to_save(?:\.[^.]+)?)?"
+    r"base_model\.model\.(?P<path>.+?)"
+    r"(?P<whole>\.base_layer|\.original_module|\.modules_to_save(?:\.[^.]+)?)?"
     r"\.(?P<leaf>weight|bias)"
 )
 _MAX_CONFIG = 8 * 2**20  # bytes
@@ -40,7 +41,9 @@ def parse(key: str) -> Key | None:
     if found := _MAGNITUDE.fullmatch(key):
         return Key("PEFT", _bare(found["path"]), "magnitude")
     if (found := _VALUE.fullmatch(key)) and ".lora_" not in key:
-        return Key("PEFT values", _bare(found["path"]), found["leaf"])
+        # beside what was trained whole PEFT may store what the base had there
+        leaf = "ignored" if found["whole"] == ".original_module" else found["leaf"]
+        return Key("PEFT values", _bare(found["path"]), leaf)
     return None
 
 

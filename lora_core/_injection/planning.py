@@ -1,6 +1,8 @@
 """The pure half of injection: from a model and the user's wishes to a list of layers."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from lora_core._layers import (
     LoRAMixin,
     LoRAWeight,
     Slot,
+    checked_settings,
     factor_names,
     host_of,
     layer_config,
@@ -302,18 +305,17 @@ def _configure(
             )
         if not any(matches(pattern, c) for c in chosen):
             raise no_rule_match(pattern, chosen)
-    configs = []
+    configs, general = [], checked_settings(settings)
     for c in chosen:
-        mine, where = dict(settings), f" at {c.name!r}" if c.name else ""
-        ruled = False
-        for pattern, overrides in rules.items():
-            if matches(pattern, c):
-                mine.update(overrides)
-                ruled = ruled or bool(overrides.get("bias"))
+        mine, ruled = general, False
+        found = [overrides for pattern, overrides in rules.items() if matches(pattern, c)]
+        if found:
+            ruled = any(overrides.get("bias") for overrides in found)
+            mine = checked_settings(reduce(or_, map(dict, found), dict(settings)))
         # asked for in general, it is for those that have one
-        if mine["bias"] is True and not ruled and not _has_bias(c):
-            mine["bias"] = False
-        configs.append(layer_config(c.module, mine, where))
+        if mine["bias"] and not ruled and not _has_bias(c):
+            mine = {**mine, "bias": False}
+        configs.append(layer_config(c.module, mine, f" at {c.name!r}" if c.name else ""))
     if settings["bias"] is True and not any(config.bias for config in configs):
         raise ConfigError(
             f"`bias=True` must find a bias to add to, but none of the {len(chosen)} chosen layers"

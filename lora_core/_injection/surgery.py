@@ -106,7 +106,7 @@ def inject(
         # the generator takes 32 bits of a seed and drops the rest
         generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
         covariance = covariances.get(layer.name)
-        parts = fresh_parts(candidate.module, layer.config, generator, covariance)
+        parts = fresh_parts(candidate.module, layer.config, generator, covariance, layer.shapes)
         grafts.append(Graft(candidate.module, layer.config, parts))
     graft(modules, name, grafts, freeze=freeze)
     return report

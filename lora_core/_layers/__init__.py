@@ -17,6 +17,7 @@ from lora_core._layers.drawing import fresh_parts
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explaining import explain
 from lora_core._layers.fitting import (
+    checked_settings,
     layer_config,
     mixin_for,
     mixin_of,
@@ -63,6 +64,7 @@ __all__ = [
     "attach",
     "call_me",
     "changing",
+    "checked_settings",
     "detach",
     "exchange",
     "explain",

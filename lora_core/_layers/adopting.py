@@ -9,7 +9,7 @@ from lora_core._config import check_name
 from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.attaching import attach, call_me
 from lora_core._layers.drawing import fresh_parts
-from lora_core._layers.fitting import layer_config, why_not
+from lora_core._layers.fitting import checked_settings, layer_config, why_not
 from lora_core._layers.mixin import LoRAMixin
 from lora_core._layers.state import FROZEN
 
@@ -61,7 +61,7 @@ class Adopting(LoRAMixin):
                 " which keeps the object."
             )
         name = settings.pop("name", "default")
-        config = layer_config(host, {"rank": rank, "alpha": alpha, **settings})
+        config = layer_config(host, checked_settings({"rank": rank, "alpha": alpha, **settings}))
         parts = fresh_parts(host, config)
         check_name(name)
         nn.Module.__init__(self)

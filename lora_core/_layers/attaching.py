@@ -69,8 +69,8 @@ def attach(
             module.__class__ = adapted_class(type(module))
         assert isinstance(module, LoRAMixin)
         layer = module
-    for part in config.parts:
-        layer.register_parameter(f"{part}_{name}", parts[part])
+    # the names are known to be free: `register_parameter` would look for each once more
+    layer._parameters.update({f"{part}_{name}": parts[part] for part in config.parts})
     configs = {**layer.lora_configs, name: config}
     slots = {**layer.lora_slots, name: object() if slot is None else slot}
     chosen = layer.lora_strengths() | ({} if strength is None else {name: strength})

@@ -21,6 +21,7 @@ def fresh_parts(
     config: AdapterConfig,
     generator: torch.Generator | None = None,
     covariance: Tensor | None = None,
+    shapes: Mapping[str, Shape] | None = None,
 ) -> dict[str, nn.Parameter]:
     """New tensors for an adapter of one layer, of which a forward adds nothing.
 
@@ -31,10 +32,11 @@ def fresh_parts(
         config: Its settings.
         generator: What draws.
         covariance: Of the layer's inputs, where `init` is made from them.
+        shapes: The shapes of its tensors, where they are known.
     """
     weight = peek(module)
     wide = wide_dtype(weight)  # a length that is rounded would change a fresh adapter's output
-    shapes = part_shapes(module, config)
+    shapes = part_shapes(module, config) if shapes is None else shapes
     with torch.inference_mode(mode=False), torch.no_grad():
         if weight.is_meta:
             values = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}

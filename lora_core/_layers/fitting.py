@@ -114,38 +114,49 @@ def _why_not_weight(weight: object) -> str:
     return ""
 
 
+def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an adapter, checked as far as that takes no layer."""
+    given = dict(settings)
+    sizes = {key: given.pop(key, None) for key in ("rank", "reserve_rank", "alpha")}
+    return {
+        **sizes,
+        "dropout": check_dropout(given.pop("dropout", 0.0)),
+        "dtype": check_dtype(given.pop("dtype", None)),
+        "rank_dropout": check_dropout(given.pop("rank_dropout", 0.0), "rank_dropout"),
+        "module_dropout": check_dropout(given.pop("module_dropout", 0.0), "module_dropout"),
+        "init": check_init(given.pop("init", "kaiming")),
+        **{what: check_flag(what, value) for what, value in given.items()},
+    }
+
+
 def layer_config(
-    module: nn.Module | Slot, settings: Mapping[str, Any], where: str = ""
+    module: nn.Module | Slot, checked: Mapping[str, Any], where: str = ""
 ) -> AdapterConfig:
-    """Checks the settings for one layer and fills in what follows from the layer."""
-    given, mixin = dict(settings), mixin_of(module)
+    """The settings of one layer, with what follows from it.
+
+    Args:
+        module: The layer.
+        checked: What `checked_settings` made of the settings.
+        where: The layer, for messages.
+    """
+    mixin, weight = mixin_of(module), peek(module)
     size, out = mixin.lora_sizes(module)  # type: ignore[arg-type]
-    rank = check_rank(given.pop("rank"), size, out, where)
-    reserve, alpha = given.pop("reserve_rank", None), given.pop("alpha", None)
+    rank, reserve = check_rank(checked["rank"], size, out, where), checked["reserve_rank"]
     if reserve is not None:
         reserve = check_rank(reserve, size, out, where, what="reserve_rank")
         if reserve < rank:
             raise ConfigError(
                 f"`reserve_rank` must be at least the rank {rank}, but is {reserve}{where}."
             )
-    numerator = check_alpha(alpha, rank)
-    if numerator == 0:  # a file may hold it: what was saved comes back
+    alpha = check_alpha(checked["alpha"], rank)
+    if alpha == 0:  # a file may hold it: what was saved comes back
         raise ConfigError(
-            f"`alpha` must not be 0, but is {alpha!r}{where}: the adapter could have no effect and"
-            " no gradient. Use `scales` to turn an adapter off."
+            f"`alpha` must not be 0, but is {checked['alpha']!r}{where}: the adapter could have no"
+            " effect and no gradient. Use `scales` to turn an adapter off."
         )
-    weight = peek(module)
-    config = AdapterConfig(
-        rank=rank,
-        alpha=numerator,
-        dropout=check_dropout(given.pop("dropout", 0.0)),
-        dtype=check_dtype(given.pop("dtype", None)) or wide_dtype(weight),
-        rank_dropout=check_dropout(given.pop("rank_dropout", 0.0), "rank_dropout"),
-        module_dropout=check_dropout(given.pop("module_dropout", 0.0), "module_dropout"),
-        init=check_init(given.pop("init", "kaiming")),
-        reserve_rank=reserve,
-        **{what: check_flag(what, value) for what, value in given.items()},
-    )
+    dtype = checked["dtype"] or wide_dtype(weight)
+    own = {"rank": rank, "reserve_rank": reserve, "alpha": alpha, "dtype": dtype}
+    config = AdapterConfig(**{**checked, **own})
     refusal = mixin.lora_refusal(module, config) or _unreadable(weight, config)  # type: ignore[arg-type]
     if refusal:
         raise ConfigError(f"A setting must fit its layer, but {refusal}{where}.")

@@ -68,7 +68,7 @@ class LoRAWeight(LoRAMixin):
 
     A parameter of more than two dimensions, such as the weights of several experts (E, out, in),
     is a batch of matrices, each with factors of its own: ``lora_A`` (E, rank, in), ``lora_B``
-    (E, out, rank).
+    (E, out, rank). One of a single dimension, as normalisation has, is a row.
     """
 
     host_class: ClassVar[type[nn.Module]] = nn.Module
@@ -101,13 +101,13 @@ class LoRAWeight(LoRAMixin):
     @classmethod
     def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
         """``(in, out)`` of the last two dimensions."""
-        *_, out_features, in_features = host.weight.shape  # type: ignore[misc]
+        *_, out_features, in_features = cls.lora_matrix(host.weight).shape  # type: ignore[arg-type]
         return int(in_features), int(out_features)
 
     @classmethod
     def lora_shapes(cls, host: nn.Module, config: AdapterConfig) -> dict[str, Shape]:
         """The shapes of the parts, the parameter's leading dimensions before them."""
-        *batch, out, size = host.weight.shape  # type: ignore[misc]
+        *batch, out, size = cls.lora_matrix(host.weight).shape  # type: ignore[arg-type]
         down, up = (*batch, config.room, size), (*batch, out, config.room)
         every = {"lora_A": down, "lora_B": up, "lora_A0": down, "lora_B0": up}
         return {part: every[part] for part in config.parts if part in every}
@@ -129,6 +129,16 @@ class LoRAWeight(LoRAMixin):
             else ""
         )
 
+    @classmethod
+    def lora_matrix(cls, weight: Tensor) -> Tensor:
+        """The parameter itself, a vector as a row."""
+        return weight[None] if weight.ndim == 1 else weight
+
+    @classmethod
+    def lora_like_weight(cls, dense: Tensor, weight: Tensor) -> Tensor:
+        """The matrix itself, or its row."""
+        return dense.view(weight.shape)
+
     def forward(self, weight: Tensor) -> Tensor:
         """The parameter plus the active updates; only `lora_rows` of it change."""
         updates = self.lora_active().updates
@@ -137,8 +147,9 @@ class LoRAWeight(LoRAMixin):
         (lora_A, lora_B, gain, _), *_ = updates
         start, stop = self.lora_rows or (0, weight.shape[0])
         with without_autocast(weight):
-            delta = functional.lora_delta(lora_A, lora_B, gain)
-            mine = functional.merged_weight(weight[start:stop], delta)
+            rows = weight[start:stop]
+            delta = self.lora_like_weight(functional.lora_delta(lora_A, lora_B, gain), rows)
+            mine = functional.merged_weight(rows, delta)
         whole = mine
         if self.lora_rows is not None:
             whole = torch.cat([weight[:start], mine, weight[stop:]])
@@ -252,8 +263,11 @@ def slots(module: nn.Module) -> Iterator[Slot]:
                 yield Slot(module, "in_proj_weight", part, (i * size, (i + 1) * size))
             else:
                 yield Slot(module, part, part)
+    weight, is_layer = own.get("weight"), _is_layer(module)
+    # of a layer of a kind that is adapted whole, the weight and bias are no slots of their own
+    least = 1 if weight is not None and weight.ndim == 1 and not is_layer else 2
     for name, p in own.items():
-        if p is None or p.ndim < 2 or (name == "weight" and _is_layer(module)):
+        if p is None or p.ndim < least or (name == "weight" and is_layer):
             continue
         if not name.startswith("lora_") and name not in parts:
             yield Slot(module, name, name)

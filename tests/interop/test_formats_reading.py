@@ -42,12 +42,12 @@ class Net(nn.Module):
         self.emb, self.q = nn.Embedding(11, wide), nn.Linear(wide, wide)
         self.k_proj = nn.Linear(wide, narrow)
         self.q_2 = nn.ModuleList([nn.Linear(narrow, wide), nn.Linear(wide, wide, bias=False)])
-        self.conv = nn.Conv1d(wide, 8, 3, padding=1)
+        self.conv, self.norm_1 = nn.Conv1d(wide, 8, 3, padding=1), nn.LayerNorm(wide)
         self.head = nn.Linear(8, 4)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.q(self.emb(ids))
-        x = self.q_2[1](self.q_2[0](torch.tanh(self.k_proj(x))))
+        x = self.norm_1(self.q_2[1](self.q_2[0](torch.tanh(self.k_proj(x)))))
         out: Tensor = self.head(torch.tanh(self.conv(x.mT).mT))
         return out
 
@@ -77,13 +77,13 @@ def peft_settings(draw: st.DrawFn) -> dict[str, Any]:
         "target_modules": targets,
         "use_rslora": draw(st.booleans()),
         "use_dora": draw(st.booleans()),
-        "bias": draw(st.sampled_from(["none", "lora_only"])),
+        "bias": draw(st.sampled_from(["none", "lora_only", "all"])),
     }
     if draw(st.booleans()):
         config["rank_pattern"] = {draw(st.sampled_from(targets)).replace(".", r"\."): draw(RANKS)}
         config["alpha_pattern"] = {draw(st.sampled_from(targets)).replace(".", r"\."): draw(ALPHAS)}
-    if "head" not in targets and draw(st.booleans()):
-        config["modules_to_save"] = ["head"]
+    whole = draw(st.lists(st.sampled_from(["head", "norm_1"]), max_size=2, unique=True))
+    config["modules_to_save"] = [name for name in whole if name not in targets] or None
     return config
 
 
@@ -115,10 +115,11 @@ class Pictures(nn.Module):
             nn.ModuleList([nn.Linear(12, 10), nn.Linear(10, 12)]),
         )
         self.conv, self.c2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.norm, self.norm_2 = nn.LayerNorm(12), nn.GroupNorm(2, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.b_1[1](torch.tanh(self.b_1[0](self.q(x))))
-        out: Tensor = self.c2(torch.tanh(self.conv(x.reshape(-1, 3, 2, 2))))
+        x = self.norm(self.b_1[1](torch.tanh(self.b_1[0](self.q(x)))))
+        out: Tensor = self.c2(torch.tanh(self.norm_2(self.conv(x.reshape(-1, 3, 2, 2)))))
         return out
 
 
@@ -131,6 +132,7 @@ LYCORIS: dict[str, dict[str, Any]] = {
     "dora over inputs and tucker": {"dora_wd": True, "wd_on_output": False, "use_tucker": True},
     "rslora": {"rs_lora": True},
     "scalar": {"use_scalar": True},
+    "norms": {"train_norm": True},
 }
 
 

@@ -224,6 +224,11 @@ ZOO: dict[str, Kind] = {
         excused=RECURRENT,
     ),
     "experts": Kind(lambda: Model(Experts(3, 6, 8)), {"targets": "site.w"}),
+    "normalisation": Kind(
+        lambda: Model(nn.LayerNorm(8)),
+        {"targets": ["site.weight", "site.bias"], "rank": 1},
+        several=True,
+    ),
 }
 
 
