@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from lora_core import (
     resize,
 )
 from lora_core._adapters import layers_with
-from lora_core._algebra import AlgebraReport, LayerResult
+from lora_core._algebra import AlgebraReport, LayerResult, products
 from lora_core._algebra.methods import METHODS, dropped_entries
 from lora_core._config import AdapterConfig
 from lora_core._formats import AdapterLayer, container, native, read
@@ -485,6 +485,23 @@ def test_dare_is_decided_by_the_seed_and_the_layers_name_and_right_on_average() 
     kept = dropped_entries(torch.full((100, 100), 2.0), 0.25, draw)
     assert set(kept.unique().tolist()) == {0.0, 8.0}
     assert float(kept.mean()) == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_method_repeats_itself_bit_for_bit(
+    method: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exact:  # the random subspace that larger layers get
+        monkeypatch.setattr(products, "_EXACT", 2)
+    options: dict[str, Any] = {"method": method, "density": 0.5, "seed": 3}
+
+    def run() -> Mapping[str, Tensor]:
+        torch.randn(5)  # no draw of anybody else's matters
+        return combine(family_of(), [1.0, 0.5, -2.0], 1, **options).layers["x"].parts
+
+    first = run()
+    assert all(torch.equal(t, run()[part]) for part, t in first.items())
 
 
 def test_a_method_refuses_a_bias() -> None:
