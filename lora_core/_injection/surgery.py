@@ -25,6 +25,7 @@ from lora_core._layers import (
     adapted_class,
     attach,
     detach,
+    drawing,
     fresh_parts,
     refuse_pinned,
 )
@@ -102,12 +103,13 @@ def inject(
     seed = int(torch.randint(2**31, (), device="cpu").item())
     generator = torch.Generator("cpu")
     grafts = []
-    for layer, candidate in zip(report.layers, chosen, strict=True):
-        # the generator takes 32 bits of a seed and drops the rest
-        generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
-        covariance = covariances.get(layer.name)
-        parts = fresh_parts(candidate.module, layer.config, generator, covariance, layer.shapes)
-        grafts.append(Graft(candidate.module, layer.config, parts))
+    with drawing():
+        for layer, candidate in zip(report.layers, chosen, strict=True):
+            # the generator takes 32 bits of a seed and drops the rest
+            generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
+            covariance, module = covariances.get(layer.name), candidate.module
+            parts = fresh_parts(module, layer.config, generator, covariance, layer.shapes)
+            grafts.append(Graft(module, layer.config, parts))
     graft(modules, name, grafts, freeze=freeze)
     return report
 

@@ -70,8 +70,9 @@ def _restore(before: Sequence[_Snapshot]) -> None:
 def freeze_module(module: nn.Module, adapter: str, *, others: bool) -> None:
     """Freezes a module's parameters, drops their gradients, and notes what trained."""
     record = vars(module).get(FROZEN, {})
-    held = {key for found in record.values() for key in found}
-    spared = set() if others else factor_names(vars(module).get("lora_configs", ()))
+    held = {key for found in record.values() for key in found} if record else ()
+    adapters = () if others else vars(module).get("lora_configs", ())
+    spared = factor_names(adapters) if adapters else ()
     found = {}
     for key, p in module._parameters.items():
         if p is None or key in spared:

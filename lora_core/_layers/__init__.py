@@ -13,7 +13,7 @@ from lora_core._layers.attaching import (
 )
 from lora_core._layers.calling import BARE, PINS, Pin, at_rest, changing, pin_of, refuse_pinned
 from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
-from lora_core._layers.drawing import fresh_parts
+from lora_core._layers.drawing import drawing, fresh_parts
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explaining import explain
 from lora_core._layers.fitting import (
@@ -66,6 +66,7 @@ __all__ = [
     "changing",
     "checked_settings",
     "detach",
+    "drawing",
     "exchange",
     "explain",
     "factor_names",

@@ -8,7 +8,7 @@ from torch import nn
 from lora_core._config import check_name
 from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.attaching import attach, call_me
-from lora_core._layers.drawing import fresh_parts
+from lora_core._layers.drawing import drawing, fresh_parts
 from lora_core._layers.fitting import checked_settings, layer_config, why_not
 from lora_core._layers.mixin import LoRAMixin
 from lora_core._layers.state import FROZEN
@@ -62,7 +62,8 @@ class Adopting(LoRAMixin):
             )
         name = settings.pop("name", "default")
         config = layer_config(host, checked_settings({"rank": rank, "alpha": alpha, **settings}))
-        parts = fresh_parts(host, config)
+        with drawing():
+            parts = fresh_parts(host, config)
         check_name(name)
         nn.Module.__init__(self)
         for key in own.keys() - vars(self).keys():

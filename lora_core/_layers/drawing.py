@@ -1,7 +1,8 @@
 """The tensors of a fresh adapter."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ from lora_core._layers.weights import LoRAWeight, Slot
 _OWN = ("kaiming", "gaussian")  # what is drawn is a tensor of its own
 
 
+@contextmanager
+def drawing() -> Iterator[None]:
+    """What fresh tensors are made under: no graph, and not the inference mode of a caller."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
 def fresh_parts(
     module: nn.Module | Slot,
     config: AdapterConfig,
@@ -25,7 +33,8 @@ def fresh_parts(
 ) -> dict[str, nn.Parameter]:
     """New tensors for an adapter of one layer, of which a forward adds nothing.
 
-    Drawn on the CPU in float32, so that a seed gives the same bits on every device.
+    Drawn on the CPU in float32, so that a seed gives the same bits on every device. To be called
+    under `drawing`.
 
     Args:
         module: The layer.
@@ -37,21 +46,20 @@ def fresh_parts(
     weight = peek(module)
     wide = wide_dtype(weight)  # a length that is rounded would change a fresh adapter's output
     shapes = part_shapes(module, config) if shapes is None else shapes
-    with torch.inference_mode(mode=False), torch.no_grad():
-        if weight.is_meta:
-            values = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
-        else:
-            values = _values(module, config, shapes, generator, covariance)
-        made = {
-            part: nn.Parameter(
-                value.to(weight.device, wide if part == "lora_magnitude" else config.dtype),
-                requires_grad=not part.endswith("0"),
-            )
-            for part, value in values.items()
-        }
-        for first, part in (("lora_A0", "lora_A"), ("lora_B0", "lora_B")):
-            if first in made:
-                made[first].copy_(made[part])
+    if weight.is_meta:
+        values = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
+    else:
+        values = _values(module, config, shapes, generator, covariance)
+    made = {
+        part: nn.Parameter(
+            value.to(weight.device, wide if part == "lora_magnitude" else config.dtype),
+            requires_grad=not part.endswith("0"),
+        )
+        for part, value in values.items()
+    }
+    for first, part in (("lora_A0", "lora_A"), ("lora_B0", "lora_B")):
+        if first in made:
+            made[first].copy_(made[part])
     return made
 
 
