@@ -456,3 +456,167 @@ def test_a_pipeline_given_as_one_module_is_told_to_be_given_by_its_parts(tmp_pat
     with pytest.raises(MismatchError, match=said):
         lora_core.load(whole, path)
     assert len(lora_core.load({"unet": whole.unet}, path).layers) == 1
+
+
+class Conv1D(nn.Module):
+    """GPT-2's layer, which stores its matrix (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def pefts(folder: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> Path:
+    """A folder as PEFT writes it."""
+    named = {f"base_model.model.{key}": t.clone() for key, t in tensors.items()}
+    safetensors.torch.save_file(named, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def factors(name: str, ins: int, outs: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.lora_A.weight": torch.randn(2, ins),
+        f"{name}.lora_B.weight": torch.randn(outs, 2),
+    }
+
+
+def test_values_of_a_layer_that_stores_its_matrix_the_other_way(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"c": Conv1D(12, 4), "d": Conv1D(6, 4)})
+    x, bias = torch.randn(3, 4), torch.randn(12)
+    pair, whole = factors("c", 4, 12), {"d.weight": torch.randn(4, 6), "d.bias": torch.randn(6)}
+    tensors = pair | whole | {"c.base_layer.bias": bias}
+    asked = x @ (model["c"].weight + (pair["c.lora_B.weight"] @ pair["c.lora_A.weight"]).T) + bias
+    lora_core.load(model, pefts(tmp_path, tensors, bias="all", fan_in_fan_out=True))
+    assert_close(model["c"](x), asked, rtol=1e-5, atol=1e-5)
+    assert_close(model["d"](x), x @ whole["d.weight"] + whole["d.bias"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_bias_beside_a_weight_that_attention_reads_itself(beside: bool, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, batch_first=True)}).eval()
+    x, bias = torch.randn(2, 3, 8), torch.randn(8)
+    pair = factors("a.out_proj", 8, 8) if beside else factors("a.in_proj_weight", 8, 24)
+    if not beside:
+        pair = {k.replace("a.in_proj_weight", "a"): t for k, t in pair.items()}
+    asked = copy.deepcopy(model)
+    with torch.no_grad():
+        asked["a"].out_proj.bias.copy_(bias)
+        target = asked["a"].out_proj.weight if beside else asked["a"].in_proj_weight
+        up, down = (next(t for k, t in pair.items() if half in k) for half in ("lora_B", "lora_A"))
+        target.add_(up @ down)
+    lora_core.load(model, pefts(tmp_path, {**pair, "a.out_proj.bias": bias}, bias="all"))
+    assert_close(model["a"](x, x, x)[0], asked["a"](x, x, x)[0], rtol=1e-4, atol=1e-5)
+    lora_core.merge(model)
+    assert_close(model["a"](x, x, x)[0], asked["a"](x, x, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_differences_of_parameters_of_more_dimensions(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"n": nn.LayerNorm((2, 4, 5)), "up": nn.ConvTranspose2d(3, 4, 2)})
+    parts = {"n.weight": torch.randn(2, 4, 5), "up.weight": torch.randn(3, 4, 2, 2)}
+    parts |= {"n.bias": torch.randn(2, 4, 5), "up.bias": torch.randn(4)}
+    asked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in asked.named_parameters():
+            p.add_(parts[name])
+    names = {"weight": "diff", "bias": "diff_b"}
+    stored = {f"lycoris_{n.split('.')[0]}.{names[n.split('.')[1]]}": t for n, t in parts.items()}
+    safetensors.torch.save_file(stored, tmp_path / "a")
+    lora_core.load(model, tmp_path / "a")
+    x, y = torch.randn(2, 2, 4, 5), torch.randn(2, 3, 4, 4)
+    assert_close(model["n"](x), asked["n"](x))
+    assert_close(model["up"](y), asked["up"](y))
+
+
+def test_what_the_base_had_may_stand_beside_factors_and_other_values_may_not(
+    tmp_path: Path,
+) -> None:
+    model = nn.ModuleDict({"emb": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    table, head = (model[name].weight.detach().clone() for name in ("emb", "head"))
+    tensors = {"emb.lora_embedding_A": torch.randn(2, 9), "emb.lora_embedding_B": torch.randn(4, 2)}
+    tensors |= {"emb.base_layer.weight": table, "head.base_layer.weight": head}
+    tensors |= factors("head", 4, 9)
+    report = lora_core.load(model, pefts(tmp_path, tensors))
+    assert [layer.rank for layer in report.layers] == [2, 2]
+    lora_core.eject(model)
+    with pytest.raises(MismatchError, match="must have factors or a whole weight, but 'head.wei"):
+        lora_core.load(model, pefts(tmp_path, tensors | {"head.base_layer.weight": head + 1}))
+
+
+def test_a_parameters_name_hides_no_module_and_two_are_not_one(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "norm_weight": nn.Linear(4, 4)})
+    stored = {"lycoris_norm_weight.lora_down.weight": torch.ones(1, 4)}
+    stored |= {"lycoris_norm_weight.lora_up.weight": torch.ones(4, 1)}
+    safetensors.torch.save_file(stored, tmp_path / "a")
+    assert [layer.name for layer in lora_core.load(model, tmp_path / "a").layers] == ["norm_weight"]
+    alone = nn.ModuleDict({"norm": nn.LayerNorm(4)})
+    for more in (stored, {"lycoris_norm_weight.diff": torch.ones(4)}):
+        safetensors.torch.save_file(more | {"lycoris_norm.w_norm": torch.ones(4)}, tmp_path / "b")
+        with pytest.raises(MismatchError, match="lycoris_norm_weight"):
+            lora_core.load(alone, tmp_path / "b")
+        assert torch.equal(alone["norm"].weight, torch.ones(4))
+
+
+def test_a_vector_that_another_module_reads_too_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"n": nn.LayerNorm(4), "m": nn.LayerNorm(4), "q": nn.Linear(4, 4)})
+    model["m"].weight = model["n"].weight
+    safetensors.torch.save_file({"lycoris_n.w_norm": torch.ones(4)}, tmp_path / "a")
+    said = (
+        "^A vector must be one module's to be changed, but that of 'lycoris_n_weight' in '.*' is"
+        " 'n.weight', 'm.weight'. Untie it,"
+    )
+    with pytest.raises(MismatchError, match=said):
+        lora_core.load(model, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"dilation": 2}, "dilation"),
+        ({"padding": 1, "padding_mode": "reflect"}, "padding mode of its own"),
+    ],
+)
+def test_a_convolution_that_peft_runs_otherwise_than_it_merges_is_refused(
+    options: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    model = nn.ModuleDict({"c": nn.Conv2d(3, 4, 3, **options), "d": nn.Conv2d(3, 4, 1, dilation=2)})
+    tensors = {
+        "c.lora_A.weight": torch.randn(2, 3, 3, 3),
+        "c.lora_B.weight": torch.randn(4, 2, 1, 1),
+    }
+    tensors |= {"d.lora_A.weight": torch.randn(2, 3, 1, 1)}
+    tensors |= {"d.lora_B.weight": torch.randn(4, 2, 1, 1)}
+    folder = pefts(tmp_path, tensors)
+    said = (
+        f"^A convolution must have no {what} for a file of PEFT's, but 'c' in '.*' has: PEFT trains"
+        " its update without, as no change of the weight would be. Pass strict=False for what PEFT"
+        r" merges of it\.$"
+    )
+    with pytest.raises(MismatchError, match=said):
+        lora_core.load(model, folder)
+    with pytest.warns(UserWarning, match="as PEFT merges it, and not as it runs: 'c'"):
+        assert len(lora_core.load(model, folder, strict=False).layers) == 2
+    with pytest.raises(
+        ConfigError, match=f"must have no {what} to be saved as 'peft', but 'c' has"
+    ):
+        lora_core.save(model, tmp_path / "b", format="peft")
+    assert not (tmp_path / "b").exists()
+
+
+def test_room_is_made_for_layers_and_not_for_vectors(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"n": nn.LayerNorm(4), "q": nn.Linear(4, 4)})
+    stored = {"lycoris_n.w_norm": torch.ones(4), "lycoris_q.lora_down.weight": torch.ones(1, 4)}
+    stored |= {"lycoris_q.lora_up.weight": torch.ones(4, 1)}
+    safetensors.torch.save_file(stored, tmp_path / "a")
+    report = lora_core.load(model, tmp_path / "a", reserve_rank=3)
+    assert {x.name: x.config.room for x in report.layers} == {"n.weight": 1, "q": 3}
+
+
+def test_strict_is_true_or_false(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^`strict` must be True or False, but is 'no'.$"):
+        lora_core.load(nn.Linear(2, 2), tmp_path / "a", strict="no")  # type: ignore[arg-type]

@@ -471,7 +471,9 @@ def test_naming_a_container_says_how_to_name_what_it_holds():
 def test_naming_another_kind_of_layer_is_an_error():
     model = tree("to_q", up=nn.ConvTranspose2d(3, 3, 1))
     rule = "`targets` must match an adaptable layer or parameter, but "
-    kind = "matches only ConvTranspose2d at 'up'. It holds 'up.weight': write 'up.weight'."
+    kind = (
+        "matches only ConvTranspose2d at 'up'. It holds 'up.weight', 'up.bias': write 'up.weight'."
+    )
     with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(rule)}'up' {re.escape(kind)}$"):
         plan(model, targets=["to_q", "up"])
     with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(rule)}ConvTranspose2d "):

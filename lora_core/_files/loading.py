@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lora_core._config import check_finite, check_name, check_rank
+from lora_core._config import check_finite, check_flag, check_name, check_rank
 from lora_core._errors import ConfigError, listed
 from lora_core._files.fitting import compare_aliases, compare_base, resolve
 from lora_core._files.models import as_models, whole
@@ -60,10 +60,10 @@ def load(
             `combine` and `resize` make them too.
         name: What to call the adapter here; None means as it was saved.
         scale: Its strength; None means 1, or that of the adapter whose place it takes.
-        strict: Whether a layer that the model lacks, or a base model with other weights, is an
-            error, or a module that the file knows under several names and the model does not, or
-            one without both factors, or a key of no known format; else the rest is loaded, and all
-            are warned of and noted in the report.
+        strict: Whether these are errors, rather than warnings and notes beside the rest that is
+            loaded: a layer that the model lacks, a base model with other weights, a module that
+            the file knows under several names and the model does not, one without both factors, a
+            key of no known format, a convolution that PEFT runs otherwise than it merges.
         check_base: Whether to compare the weights with those the adapter was trained on.
         replace: Whether it takes the place of the adapter of its name.
         reserve_rank: Ranks to make room for; None means none but the file's, or as many as the
@@ -97,7 +97,7 @@ def load(
         ...     load(bare, f"{folder}/style.safetensors", name="style").layers[0].rank
         2
     """
-    models = as_models(model)
+    models, strict = as_models(model), check_flag("strict", strict)
     strength = None if scale is None else check_finite("scale", scale)
     if name is not None:
         check_name(name)
@@ -164,7 +164,8 @@ def _room(
     """The ranks that a layer of the file makes room for, None for those it has."""
     rank, old = file.layers[name].settings.rank, vars(candidate.module).get("lora_configs", {})
     kept = old[adapter].reserve_rank if adapter in old else None
-    if asked is None and kept is None:
+    vector = min(sizes(candidate.module)) == 1  # which no file has more than one rank for
+    if vector or (asked is None and kept is None):
         return None
     where, what = f" at {name!r}", "reserve_rank"
     room = check_rank(kept if asked is None else asked, *sizes(candidate.module), where, what)

@@ -6,12 +6,14 @@ from dataclasses import replace
 from torch import nn
 
 from lora_core._errors import MismatchError, listed
+from lora_core._files.finding import Candidates, Found, found_in
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.bases import rebased
-from lora_core._formats.conforming import apart, conformed, joined
-from lora_core._formats.naming import Host, Resolution, resolve
+from lora_core._formats.conforming import changed, conformed, joined
 from lora_core._injection import Candidate, walk
-from lora_core._layers import mixin_of, peek
+from lora_core._layers import Slot
+
+OF_PEFT = ("peft", "diffusers")  # whose convolutions leave a part of the geometry out
 
 
 def is_placed(file: Adapter, models: Mapping[str, nn.Module]) -> bool:
@@ -40,28 +42,70 @@ def placed(
         MismatchError: If it has, a name means several modules, or a layer doesn't fit.
     """
     candidates = {part: _adaptable(model) for part, model in models.items()}
-    hosts = {part: _hosts(found) for part, found in candidates.items()}
-    resolution = resolve(file.layers, hosts, where)
-    # what is whole may be of a module whose parameters alone can carry an adapter
-    bare = {name for name in resolution.missing if file.layers[name].config is None}
-    if bare:
-        split = [apart(n, x) if n in bare else {n: x} for n, x in file.layers.items()]
-        file = replace(file, layers={n: x for each in split for n, x in each.items()})
-        resolution = resolve(file.layers, hosts, where)
-    notes = _check(resolution, file, models, candidates, where, strict=strict)
+    found = found_in(file, candidates, where)
+    notes = _check(found, file, models, candidates, where, strict=strict)
     layers: dict[str, AdapterLayer] = {}
     names: dict[str, str] = {}
-    for name, (part, path) in resolution.found.items():
-        layer = conformed(name, file.layers[name], candidates[part][path].module, where)
+    odd: dict[str, str] = {}
+    # factors first: a bias or the base's own values may stand beside them
+    for name in sorted(found.resolution.found, key=lambda n: found.layers[n].config is None):
+        part, path = found.resolution.found[name]
+        layer, candidate = found.layers[name], candidates[part][path]
         dotted = f"{part}.{path}" if part else path
         if dotted in layers:
-            pair = (layers[dotted], layer)
-            whole = file.layers[name].config is None
-            layer = joined(name, *(pair if whole else pair[::-1]), where)
-        layers[dotted] = replace(layer, aliases=_renamed(file.layers[name], part))
+            rest = changed(layer, candidate.module)
+            if rest is not None:
+                beside = conformed(name, rest, candidate.module, where)
+                layers[dotted] = joined(name, layers[dotted], beside, where)
+            continue
+        _check_alone(name, candidate, models[part], where)
+        if file.format in OF_PEFT and layer.config is not None:
+            odd |= left_out(name, candidate.module)
+        conform = conformed(name, layer, candidate.module, where)
+        layers[dotted] = replace(conform, aliases=_renamed(layer, part))
         names[dotted] = name
+    if odd and strict:
+        name, what = next(iter(odd.items()))
+        raise MismatchError(
+            f"A convolution must have no {what} for a file of PEFT's, but {listed(odd)} in"
+            f" {where!r} has: PEFT trains its update without, as no change of the weight would be."
+            " Pass strict=False for what PEFT merges of it."
+        )
+    if odd:
+        notes.append(f"as PEFT merges it, and not as it runs: {listed(odd)}")
+    order = {name: i for i, name in enumerate(file.layers)}
+    layers = dict(sorted(layers.items(), key=lambda pair: order.get(names[pair[0]], len(order))))
     base = rebased(file.base, file.layers, names)
     return replace(file, layers=layers, base=base), notes
+
+
+def _check_alone(name: str, candidate: Candidate, model: nn.Module, where: str) -> None:
+    """Refuses a vector that other modules read as well, where the adapter would not reach it."""
+    module = candidate.module
+    if not isinstance(module, Slot) or module.weight.ndim > 1:
+        return
+    held = [
+        f"{path}.{key}".lstrip(".")
+        for path, m in model.named_modules()
+        for key, p in m._parameters.items()
+        if p is module.owner._parameters[module.parameter]
+    ]
+    if len(held) > 1:
+        raise MismatchError(
+            f"A vector must be one module's to be changed, but that of {name!a} in {where!r} is"
+            f" {listed(held)}. Untie it, or merge the file with the program that wrote it."
+        )
+
+
+def left_out(name: str, module: nn.Module | Slot) -> dict[str, str]:
+    """What of a convolution's geometry PEFT leaves out of its update, by the layer."""
+    kernel = getattr(module, "kernel_size", ())
+    if not isinstance(kernel, tuple) or max(kernel, default=1) == 1:
+        return {}
+    dilated = max(getattr(module, "dilation", (1,))) > 1
+    padded = getattr(module, "padding_mode", "zeros") != "zeros"
+    what = "dilation" if dilated else "padding mode of its own" if padded else ""
+    return {name: what} if what else {}
 
 
 def _renamed(layer: AdapterLayer, part: str) -> tuple[str, ...]:
@@ -75,24 +119,17 @@ def _adaptable(model: nn.Module) -> dict[str, Candidate]:
     return {name: c for c in walk(model) if c.adaptable for name in c.names}
 
 
-def _hosts(candidates: Mapping[str, Candidate]) -> list[Host]:
-    found = []
-    for name, candidate in candidates.items():
-        mixin = mixin_of(candidate.module)
-        found.append(Host(name, mixin.lora_kind, tuple(peek(candidate.module).shape)))
-    return found
-
-
 def _check(
-    resolution: Resolution,
+    found: Found,
     file: Adapter,
     models: Mapping[str, nn.Module],
-    candidates: Mapping[str, Mapping[str, Candidate]],
+    candidates: Candidates,
     where: str,
     *,
     strict: bool,
 ) -> list[str]:
     """Refuses what has no place, or notes it."""
+    resolution = found.resolution
     wanted = [name for names in resolution.elsewhere.values() for name in names]
     parts = sorted(resolution.elsewhere)
     served = {part for part, _ in resolution.found.values()}
@@ -110,7 +147,7 @@ def _check(
             f" {listed([_near(n, lost.get(n, '')) for n in file.layers])}; it has {len(known)}:"
             f" {listed(known)}. {_repair(file, models)}"
         )
-    own = _own(file, resolution)
+    own = _own(found)
     if wanted and strict:
         models_wanted = ", ".join(f"{part!r}: ..." for part in dict.fromkeys([*own, *parts]))
         raise MismatchError(
@@ -131,7 +168,7 @@ def _check(
         )
     said = (
         (wanted, "for a model that is not given"),
-        ([*lost], "not in the model"),
+        (list(lost), "not in the model"),
         (idle, "without a part in the file"),
     )
     return [f"{what}: {listed(names)}" for names, what in said if names]
@@ -147,9 +184,9 @@ def _repair(file: Adapter, models: Mapping[str, nn.Module]) -> str:
     return "Load it into the model it was made for."
 
 
-def _own(file: Adapter, resolution: Resolution) -> list[str]:
+def _own(found: Found) -> list[str]:
     """The parts of the file that found their model."""
-    return list(dict.fromkeys(file.layers[name].component for name in resolution.found))
+    return list(dict.fromkeys(found.layers[name].component for name in found.resolution.found))
 
 
 def _near(name: str, near: str) -> str:

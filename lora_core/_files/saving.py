@@ -10,6 +10,7 @@ from lora_core._adapters import adapter_names, layers_with, without_base
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
 from lora_core._files.models import as_models, whole
+from lora_core._files.placing import OF_PEFT, left_out
 from lora_core._formats import Adapter, AdapterLayer, write
 from lora_core._formats.folding import without_first
 from lora_core._formats.peft import CONFIG, WEIGHTS
@@ -71,6 +72,8 @@ def save(
     """
     path = os.fsdecode(path)
     found = adapter_of(model, name, plain=plain)
+    if format in OF_PEFT:
+        _check_geometry(model, found.name, format)
     written = write(found, path, format, fold=fold, base=base, metadata=metadata, spelling=spelling)
     numbers = sum(t.numel() for t in written.tensors.values())
     folder = written.config is not None
@@ -139,6 +142,23 @@ def adapter_of(
         if plain and found[n].settings.subtracted:
             found[n] = without_first(found[n])
     return Adapter(name, found, fingerprint(layers))
+
+
+def _check_geometry(
+    model: nn.Module | Mapping[str, nn.Module],
+    name: str,
+    format: str,  # noqa: A002
+) -> None:
+    """Refuses convolutions that PEFT would run as something else than they are here."""
+    odd: dict[str, str] = {}
+    for n, layer in layers_with(whole(as_models(model)), name).items():
+        odd |= left_out(n, layer)
+    if odd:
+        raise ConfigError(
+            f"A convolution must have no {next(iter(odd.values()))} to be saved as {format!r}, but"
+            f" {listed(odd)} has: PEFT's forward leaves it out. Pass format='lora_core', or"
+            " 'lycoris'."
+        )
 
 
 def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, Tensor]]:

@@ -17,8 +17,9 @@ from lora_core._layers import Slot, mixin_of, peek, sizes
 def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: str) -> AdapterLayer:
     """A layer of a file as an adapter of this very module.
 
-    Whole differences and values become two factors, one of them the identity, and an addition to
-    the bias: nothing of them is lost, and they come off again as any adapter does.
+    Whole differences become two factors, one of them the identity, and an addition to the bias;
+    values in place of the module's their difference from those, in float32 or wider. They come off
+    again as any adapter does.
 
     Raises:
         MismatchError: If it doesn't fit the module.
@@ -57,6 +58,22 @@ def apart(name: str, layer: AdapterLayer) -> dict[str, AdapterLayer]:
         f"{name}{mark}{part}": replace(layer, parts={"weight": tensor}, path=f"{path}{part}")
         for part, tensor in layer.parts.items()
     }
+
+
+def changed(layer: AdapterLayer, module: nn.Module | Slot) -> AdapterLayer | None:
+    """Values without those that are the module's own; None where they all are.
+
+    Beside factors a program may write what it found there.
+    """
+    if layer.kind != "values":
+        return layer
+    parts = {}
+    for part, values in layer.parts.items():
+        own: Tensor | None = getattr(module, part, None)
+        same = own is not None and own.shape == values.shape
+        if not same or not torch.equal(own.detach().to("cpu", values.dtype), values):  # type: ignore[union-attr]
+            parts[part] = values
+    return replace(layer, parts=parts) if parts else None
 
 
 def joined(name: str, factors: AdapterLayer, addition: AdapterLayer, where: str) -> AdapterLayer:
@@ -104,7 +121,8 @@ def _as_factors(found: AdapterLayer, module: nn.Module | Slot) -> AdapterLayer:
         changes = {part: p - own[part].detach().to("cpu", p.dtype) for part, p in changes.items()}
     weight, bias = changes.get("weight"), changes.get("bias")
     parts = _factors(weight, module) if weight is not None else _none(module, bias)
-    rank, like = parts["lora_A"].shape[0], parts["lora_A"]
+    mixin, like = mixin_of(module), parts["lora_A"]
+    rank = like.shape[mixin.lora_rank_dims[0]]
     config = AdapterConfig(
         rank=rank,
         # a bias alone leaves the matrix as it is
@@ -122,7 +140,7 @@ def _factors(weight: Tensor, module: nn.Module | Slot) -> dict[str, Tensor]:
     mixin = mixin_of(module)
     matrix = mixin.lora_matrix(weight)
     size, out = sizes(module)
-    identity = torch.eye(min(size, out), dtype=matrix.dtype)
+    identity = torch.eye(min(size, out), dtype=matrix.dtype).expand(*matrix.shape[:-2], -1, -1)
     lora_A, lora_B = (identity, matrix) if size < out else (matrix, identity)
     return _shaped({"lora_A": lora_A.contiguous(), "lora_B": lora_B.contiguous()}, module)
 

@@ -78,7 +78,7 @@ def _told(layers: Mapping[str, AdapterLayer], found: Mapping[str, Place]) -> tup
         or (not found[name].component and CLIP.fullmatch(stem))
     ]
     if len(text) == len(stems):
-        widths = sorted({_width(layers[n]) for n in text if _TEXT.fullmatch(stems[n])})
+        widths = sorted({_width(layers[n]) for n in text if _TEXT.fullmatch(stems[n])} - {0})
         named = sorted(parts - {""})
         what = f"is one of {', '.join(named)}" if named else "has a name of CLIP's text encoders"
         wide = f", of width {', '.join(map(str, widths))}" if widths else ""
@@ -96,7 +96,7 @@ def _told(layers: Mapping[str, AdapterLayer], found: Mapping[str, Place]) -> tup
 def _of_unet(
     unet: Mapping[str, AdapterLayer], stems: Mapping[str, str], parts: set[str]
 ) -> tuple[str, str]:
-    widths = sorted({_width(unet[n]) for n in unet if _CROSS.fullmatch(stems[n])})
+    widths = sorted({_width(unet[n]) for n in unet if _CROSS.fullmatch(stems[n])} - {0})
     if len(widths) == 1 and widths[0] in _OF_TEXT:
         return _OF_TEXT[widths[0]], f"cross-attention takes text of width {widths[0]}"
     xl = next((stems[n] for n in unet if _XL_ONLY.fullmatch(stems[n])), "")
@@ -121,5 +121,5 @@ def _is_end(layer: AdapterLayer, stem: str) -> bool:
 
 
 def _width(layer: AdapterLayer) -> int:
-    part = "weight" if layer.config is None else "lora_A"
-    return int(layer.parts[part].shape[1]) if part in layer.parts else 0
+    part = layer.parts.get("weight" if layer.config is None else "lora_A")
+    return int(part.shape[1]) if part is not None and part.ndim > 1 else 0

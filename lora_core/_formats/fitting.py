@@ -83,8 +83,10 @@ def _whole(name: str, layer: AdapterLayer, shape: tuple[int, ...], where: str) -
     weight, bias = parts.get("weight"), parts.get("bias")
     if weight is not None and _bare(weight.shape) == _bare(shape):
         weight = parts["weight"] = weight.reshape(shape)
+    # a matrix may be stored (in, out)
+    outs = {shape[:1], shape[-1:]} if len(shape) == 2 else {shape[:1]}
     if (weight is not None and tuple(weight.shape) != shape) or (
-        bias is not None and tuple(bias.shape) != shape[:1]
+        bias is not None and tuple(bias.shape) not in outs
     ):
         _refuse(name, layer, shape, "", where)
     return replace(layer, parts=parts)

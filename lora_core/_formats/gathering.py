@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from lora_core._errors import CorruptFileError, UnsupportedFileError, listed
 from lora_core._formats import cloneofsimo, diffusers, kohya, loralib, minlora, peft, refusing
 from lora_core._formats.assembling import Module
 from lora_core._formats.keys import Key
+from lora_core._formats.neutral import is_same
 from lora_core._formats.opening import Opened
 
 # the first that takes a key has it
@@ -61,7 +61,7 @@ def gathered(
             )
             twice = module.parts.get(found.leaf)
             # PEFT stores the bias of what was trained whole under two keys
-            if twice is not None and not (whole_of and _is_same(twice, opened.tensors[key])):
+            if twice is not None and not (whole_of and is_same(twice, opened.tensors[key])):
                 raise CorruptFileError(
                     f"{where!r} must hold one adapter, but has two keys for the {found.leaf} of"
                     f" {listed([found.module])}. Save each adapter to a file of its own."
@@ -90,10 +90,6 @@ def gathered(
     found_wholes = [(family, module) for (family, _), module in wholes.items()]
     said = [f"left out, {what}: {listed(keys)}" for what, keys in notes.items() if keys]
     return modules, found_wholes, said
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _parsed(key: str, tensor: Tensor) -> Key | None:

@@ -59,7 +59,7 @@ class AdapterLayer:
                 if f.name != "parts"
             )
             and mine.keys() == theirs.keys()
-            and all(_is_same(mine[part], theirs[part]) for part in mine)
+            and all(is_same(mine[part], theirs[part]) for part in mine)
         )
 
     __hash__ = None  # type: ignore[assignment]  # as of what it holds
@@ -123,5 +123,6 @@ def part_of(adapter: Adapter, only: str | None, what: str) -> Adapter:
     return replace(adapter, layers=layers, base=base)
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of one type and hold the same numbers."""
     return one.dtype == other.dtype and torch.equal(one, other)

@@ -14,7 +14,7 @@ DEFAULT_ALPHA = 8.0  # PEFT's own where a file names none, whatever the rank
 _OTHER_FORMS = (
     *("layer_replication", "megatron_config", "arrow_config", "use_qalora", "velora_config"),
     *("alora_invocation_tokens", "kasa_config", "monteclora_config", "use_bdlora"),
-    "trainable_token_indices",
+    *("trainable_token_indices", "target_parameters"),
 )
 # ways to begin that change the base's own weights
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -24,7 +24,7 @@ _PLAIN = (
     *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save"),
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config"),
-    *("lora_ga_config", "use_dora", "qalora_group_size", "lora_bias", "target_parameters"),
+    *("lora_ga_config", "use_dora", "qalora_group_size", "lora_bias"),
     *("ensure_weight_tying", "enable_lora", "runtime_config"),
 )
 _MAX_PATTERNS = 4096

@@ -17,7 +17,7 @@ from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.anatomy import Shape
 from lora_core._layers.calling import checked, node_of, settled
-from lora_core._layers.mixin import KINDS, LoRAMixin, swap
+from lora_core._layers.mixin import LoRAMixin, swap
 from lora_core._layers.state import bare_state
 from lora_core.kernels.norms import without_autocast
 
@@ -248,10 +248,16 @@ def reading_class(host: type[nn.Module], reads: Reads) -> type[nn.Module]:
     return _CLASSES.setdefault((host, reads), made)
 
 
-def slots(module: nn.Module) -> Iterator[Slot]:
+def slots(module: nn.Module, *, is_layer: bool) -> Iterator[Slot]:
     """The parameters of a module that an adapter can go on in the weight form, by what they are.
 
-    The parts of attention's packed projection come under the names that they have unpacked.
+    The parts of attention's packed projection come under the names that they have unpacked. A
+    vector, such as a bias, is one where it stands beside a weight that is no layer's.
+
+    Args:
+        module: The module.
+        is_layer: Whether it is of a kind that is adapted as a whole: its weight and its vectors
+            are no slots of their own.
     """
     own = module._parameters
     parts: tuple[str, ...] = ()
@@ -263,18 +269,12 @@ def slots(module: nn.Module) -> Iterator[Slot]:
                 yield Slot(module, "in_proj_weight", part, (i * size, (i + 1) * size))
             else:
                 yield Slot(module, part, part)
-    weight, is_layer = own.get("weight"), _is_layer(module)
-    # of a layer of a kind that is adapted whole, the weight and bias are no slots of their own
-    least = 1 if weight is not None and weight.ndim == 1 and not is_layer else 2
+    least = 2 if is_layer or own.get("weight") is None else 1
     for name, p in own.items():
         if p is None or p.ndim < least or (name == "weight" and is_layer):
             continue
         if not name.startswith("lora_") and name not in parts:
             yield Slot(module, name, name)
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (*KINDS, LoRAMixin))
 
 
 def _rows(owner: nn.Module, parameter: str, rows: tuple[int, int] | None) -> Tensor:

@@ -78,7 +78,7 @@ def walk(model: nn.Module) -> list[Candidate]:
             problem = why_not(module) if has_matrix else ""
             found.append(Candidate(tuple(names), module, has_matrix, problem, (module,)))
             continue
-        adaptable = mixin_for(module) is not None
+        is_layer = adaptable = mixin_for(module) is not None
         readers = _readers(module, parents) if adaptable else []
         there = CHILD in module._modules
         problem = why_not(module) if adaptable and not (readers and there) else ""
@@ -87,7 +87,8 @@ def walk(model: nn.Module) -> list[Candidate]:
         if is_read and not there:
             owners = (module, *readers)
             found.append(Candidate(tuple(names), Slot(module, "weight", ""), True, "", owners))
-        for slot in slots(module):
+        beside = [Slot(module, "bias", "bias")] if is_read and _has_bias(module) else []
+        for slot in (*slots(module, is_layer=is_layer), *beside):
             if slot.child not in module._modules:
                 labelled = tuple(f"{name}.{slot.label}".lstrip(".") for name in names)
                 raw = _is_raw(module, slot.label)
@@ -136,6 +137,10 @@ def _modules_in(value: object, name: str, depth: int) -> Iterator[tuple[str, nn.
 def modules_of(candidates: Iterable[Candidate]) -> list[nn.Module]:
     """The modules among these, each once."""
     return [c.module for c in candidates if isinstance(c.module, nn.Module)]
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return module._parameters.get("bias") is not None
 
 
 def _is_raw(owner: nn.Module, label: str) -> bool:
