@@ -588,6 +588,18 @@ def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(
             assert torch.equal(layer.weight, expected[f"{i}.weight"]), f"line {at}"
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_in_place_asks_for_no_memory_once_it_writes(dtype: torch.dtype) -> None:
+    model = large("linear", dtype)
+    product = product_of(model[0])
+    room = product.room()
+    pieces = len(list(product._pieces()))
+    # the products of pieces may take some of their own inside of the library that makes them
+    assert peak_bytes(lambda: product.put_in(room)) == 0
+    assert pieces > 1
+
+
 SIGNALLED = """
 import copy, random, signal, sys, tempfile, time
 import torch

@@ -219,21 +219,22 @@ def _put_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:
     product = product_of(layer)
     if product is None:
         return _copy_in_place(name, layer, state)
-    weight = product.weight
-    sample, version = _sample(product, weight, weight), weight._version
-    old = sample.old.clone()
+    weight, room = product.weight, product.room()
+    before, version = _sample(product, weight, weight), weight._version
+    old = before.old.clone()
     with changing(layer):
         try:
-            product.put_in()
+            product.put_in(room)
             layer.lora_merged = state
         except BaseException:  # an interrupt may come between the pieces, but not amid one
             done = weight._version - version
             if done:
-                product.put_in(done)
+                product.put_in(room, done)
                 layer.lora_merged = state
             raise
-    first, second = sample.update
-    return Sample(old, sample.new.clone(), (first.clone(), second))
+    first, second = before.update
+    # a view of the weight, which is the new one now
+    return Sample(old, before.new.clone(), (first.clone(), second))
 
 
 def _copy_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:

@@ -30,22 +30,28 @@ class Product(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
 
+    def room(self) -> Tensor:
+        """Memory for one piece of the sum before it is rounded; none where nothing rounds it."""
+        rows = 0 if self.weight.dtype in _WIDE else max(_cuts(self.weight))
+        return self.lora_A.new_empty(rows, self.weight.shape[1])
+
     def new(self) -> tuple[Tensor, Tensor]:
         """The sum as a new tensor, rounded once, and the sum of its numbers."""
-        new, sums = torch.empty_like(self.weight), []
+        new, sums, room = torch.empty_like(self.weight), [], self.room()
         for old, piece, up in self._pieces(self.weight, new):
-            _add(old, up, self.lora_A, piece)
+            _add(old, up, self.lora_A, piece, room)
             sums.append(piece.sum())  # while it is in the cache
         return new, torch.stack(sums).sum()
 
-    def put_in(self, done: int = 0) -> None:
+    def put_in(self, room: Tensor, done: int = 0) -> None:
         """Adds to the weight, in place; each piece is one write, which the weight's version counts.
 
         Args:
+            room: What `room` gave: once a piece is written, no memory is asked for.
             done: How many pieces have been written.
         """
         for piece, up in islice(self._pieces(self.weight), done, None):
-            _add(piece, up, self.lora_A, piece)
+            _add(piece, up, self.lora_A, piece, room)
 
     def _pieces(self, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
         cuts = _cuts(self.weight)
@@ -53,7 +59,11 @@ class Product(NamedTuple):
 
 
 def product_of(layer: LoRAMixin) -> Product | None:
-    """The merged weight as a sum with one product; None where it is more than that."""
+    """The merged weight as a sum with one product that can be written in place.
+
+    None where it is more than that, as with DoRA or a bias, and where the weight's layout, type or
+    mode forbids it.
+    """
     weight = layer.weight
     fits = (
         weight.is_contiguous()
@@ -74,12 +84,13 @@ def product_of(layer: LoRAMixin) -> Product | None:
     return Product(matrix.T, lora_B.T, lora_A.T)
 
 
-def _add(old: Tensor, lora_B: Tensor, lora_A: Tensor, out: Tensor) -> None:
+def _add(old: Tensor, lora_B: Tensor, lora_A: Tensor, out: Tensor, room: Tensor) -> None:
     """Writes ``old + lora_B @ lora_A`` to `out`, at once."""
     if out.dtype in _WIDE:
         torch.addmm(old, lora_B, lora_A, out=out)
     else:
-        out.copy_((lora_B @ lora_A).add_(old))
+        total = torch.mm(lora_B, lora_A, out=room[: len(out)])
+        out.copy_(total.add_(old))
 
 
 def _cuts(weight: Tensor) -> list[int]:
