@@ -38,8 +38,9 @@ def merge_file(
     """Writes a checkpoint with an adapter merged in, reading and writing one tensor at a time.
 
     Each weight is what `merge` makes of it in a model, bit for bit: the sum in float32, rounded
-    once. Every other tensor, and the header, are the base's, byte for byte. In memory is one tensor
-    at a time, whatever the size of the checkpoint; what is more than factors takes a few copies.
+    once. (Of a whole difference in float64, at a strength other than 1, a last bit may differ.)
+    Every other tensor, and the header, are the base's, byte for byte. In memory is one tensor at a
+    time, whatever the size of the checkpoint; what is more than factors takes a few copies.
 
     The file appears whole at the end: after a kill at any moment `out` is what it was, or the new
     checkpoint. Shards go into a new folder, which appears whole likewise.
@@ -96,7 +97,7 @@ def merge_file(
         names = {entry: name for name, entry in here.items() if entry.file == file}
 
         def change(entry: Entry, data: memoryview) -> None:
-            for name, share in _merge_one(names[entry], entry, data, hosts, checkpoint).items():
+            for name, share in _merge_one(names[entry], entry, data, hosts).items():
                 lost[name] = share
                 found = layers[name]
                 shape = found.place.shape(checkpoint.entries[found.place.tensor].shape)
@@ -143,16 +144,10 @@ def _check_free(target: Path, checkpoint: Checkpoint, *, force: bool) -> None:
         )
 
 
-def _merge_one(
-    tensor: str, entry: Entry, data: memoryview, hosts: Hosts, checkpoint: Checkpoint
-) -> Mapping[str, float]:
+def _merge_one(tensor: str, entry: Entry, data: memoryview, hosts: Hosts) -> Mapping[str, float]:
     """Puts the merged values of one tensor into its bytes; what rounding lost, by layer."""
-    weight, values = hosts.biases.get(tensor, tensor), as_tensor(entry, data)
-    model, module = hosts.make(weight, values if weight == tensor else checkpoint.read(weight))
-    loss = merge(model, reversible=False).loss  # into the very bytes
-    if weight == tensor:
-        return loss
-    bias = module._parameters["bias"]
-    assert bias is not None
-    values.copy_(bias.detach())
-    return {}
+    made = hosts.make(tensor, as_tensor(entry, data))
+    loss = merge(made.model, reversible=False).loss  # into the very bytes
+    path = hosts.biases.get(tensor)
+    # of a layer whose weight changes too, that tells
+    return {} if path is not None and hosts.located[path].changes_weight else loss

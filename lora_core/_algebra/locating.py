@@ -1,10 +1,9 @@
 """Where in a checkpoint each layer of an adapter belongs."""
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lora_core._algebra.checkpoints import DTYPES, Checkpoint, Entry
 from lora_core._errors import MismatchError, UnsupportedLayerError, listed
@@ -16,6 +15,7 @@ from lora_core._formats.neutral import AdapterLayer
 from lora_core._layers import PROJECTIONS
 
 _PACKED = "in_proj_weight"
+_MOST_DIMENSIONS = 5  # of a convolution's kernel
 
 
 class Place(NamedTuple):
@@ -41,7 +41,7 @@ class Located(NamedTuple):
         layer: It, in the layouts of the layers here.
         place: Where its update goes.
         transposed: Whether the matrix there is stored ``(in, out)``.
-        beside: A bias that the adapter has apart from its factors.
+        beside: What the adapter has apart from its factors: a bias, or the base's own values.
     """
 
     layer: AdapterLayer
@@ -50,10 +50,15 @@ class Located(NamedTuple):
     beside: AdapterLayer | None = None
 
     @property
+    def changes_weight(self) -> bool:
+        """Whether the tensor itself changes."""
+        return self.layer.config is not None or "weight" in self.layer.parts
+
+    @property
     def changes_bias(self) -> bool:
-        """Whether the bias beside the tensor changes too."""
-        parts = self.layer.parts
-        return self.beside is not None or "lora_bias" in parts or "bias" in parts
+        """Whether the bias beside it does."""
+        sides = [self.layer, *([] if self.beside is None else [self.beside])]
+        return any({"lora_bias", "bias"} & side.parts.keys() for side in sides)
 
     def rank(self, shape: tuple[int, ...]) -> int:
         """The rank of the update of a tensor of this shape, 0 for a bias alone."""
@@ -95,19 +100,20 @@ def located(
         UnsupportedLayerError: If a tensor is no plain numbers.
     """
     paths = _paths(adapter, checkpoint)
-    layers, beside = _apart(adapter, paths)
+    layers, beside = _sides(adapter, paths, checkpoint)
     places = {path: place for path in layers if (place := place_of(path, checkpoint.entries))}
-    times = Counter(places.values())
-    twice = [path for path, place in places.items() if times[place] > 1]
-    if twice or len(layers) + len(beside) < len(paths):
-        raise MismatchError(
-            f"Each layer must have a tensor of its own, but {listed(twice or paths)} share one of"
-            f" {str(checkpoint.path)!r}. Rename one of them."
-        )
+    held: dict[str, list[str]] = {}
+    for path, place in places.items():
+        held.setdefault(place.tensor, []).append(path)
+    for tensor, sharing in held.items():
+        parts = [places[path].part for path in sharing]
+        if len(set(parts)) < len(parts) or (None in parts and len(parts) > 1):
+            _refuse_shared(sharing, tensor, checkpoint)
     for path, layer in (*layers.items(), *beside.items()):
         _check_tensors(places[path].tensor, layer, checkpoint)
     for path in [n for n, x in layers.items() if x.config is None]:
-        if len(checkpoint.entries[places[path].tensor].shape) < 2:  # as of normalisation
+        tensor = places[path].tensor
+        if len(checkpoint.entries[tensor].shape) < 2 and tensor != path:  # as of normalisation
             split = apart(path, replace(layers.pop(path), path="", spelling="dotted"))
             layers |= split
             places |= {name: Place(name) for name in split}
@@ -127,19 +133,31 @@ def located(
     }
 
 
-def _apart(
-    adapter: Adapter, paths: Mapping[str, str]
+def _sides(
+    adapter: Adapter, paths: Mapping[str, str], checkpoint: Checkpoint
 ) -> tuple[dict[str, AdapterLayer], dict[str, AdapterLayer]]:
-    """The layers by path, and what an adapter has for the bias of one apart from its factors."""
+    """The layers by path, and what an adapter has apart from the factors of one."""
     layers: dict[str, AdapterLayer] = {}
     beside: dict[str, AdapterLayer] = {}
     # those with factors first
     for name in sorted(paths, key=lambda name: adapter.layers[name].config is None):
         layer, path = adapter.layers[name], paths[name]
-        alone = layer.config is None and set(layer.parts) == {"bias"}
-        mine = beside if alone and path in layers else layers
-        mine.setdefault(path, layer)
+        if path not in layers:
+            layers[path] = layer
+        elif layer.config is None and layers[path].config is not None and path not in beside:
+            beside[path] = layer
+        else:
+            both = [n for n in paths if paths[n] == path]
+            _refuse_shared(both, place_of(path, checkpoint.entries), checkpoint)
     return layers, beside
+
+
+def _refuse_shared(names: Sequence[str], tensor: object, checkpoint: Checkpoint) -> NoReturn:
+    where = tensor.tensor if isinstance(tensor, Place) else tensor
+    raise MismatchError(
+        f"Each layer must have a tensor of its own, but {listed(names)} share {where!r} of"
+        f" {str(checkpoint.path)!r}. Merge them one after the other, or rename one."
+    )
 
 
 def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
@@ -190,17 +208,35 @@ def _hosts(entries: Mapping[str, Entry]) -> Iterator[Host]:
 
 
 def _check_tensors(tensor: str, layer: AdapterLayer, checkpoint: Checkpoint) -> None:
-    if {"lora_bias", "bias"} & layer.parts.keys() and bias_of(tensor) not in checkpoint.entries:
-        raise MismatchError(
-            f"The checkpoint must have the biases that the adapter changes, but {bias_of(tensor)!r}"
-            f" is not in {str(checkpoint.path)!r}. Take the checkpoint that it was made for."
-        )
-    dtype = checkpoint.entries[tensor].dtype
-    if dtype not in DTYPES:
-        raise UnsupportedLayerError(
-            f"A tensor must be of 16-bit floating numbers or wider to be merged into, but"
-            f" {tensor!r} is {dtype}. Merge into the checkpoint that it was made from."
-        )
+    """Refuses what can't be added to a tensor, or to the bias beside it."""
+    entries, bias = checkpoint.entries, layer.parts.get("lora_bias", layer.parts.get("bias"))
+    wanted = [tensor] if layer.config is not None or "weight" in layer.parts else []
+    if bias is not None:
+        own = bias_of(tensor)
+        if own not in entries:
+            raise MismatchError(
+                f"The checkpoint must have the biases that the adapter changes, but {own!r} is not"
+                f" in {str(checkpoint.path)!r}. Take the checkpoint that it was made for."
+            )
+        if entries[own].shape != tuple(bias.shape):
+            raise MismatchError(
+                f"A bias must have the shape of the adapter's, {tuple(bias.shape)}, but {own!r} of"
+                f" {str(checkpoint.path)!r} has {entries[own].shape}. Take the checkpoint that it"
+                " was made for."
+            )
+        wanted.append(own)
+    for name in wanted:
+        if entries[name].dtype not in DTYPES:
+            raise UnsupportedLayerError(
+                "A tensor must be of 16-bit floating numbers or wider to be merged into, but"
+                f" {name!r} is {entries[name].dtype}. Merge into the checkpoint that it was made"
+                " from."
+            )
+        if not 1 <= len(entries[name].shape) <= _MOST_DIMENSIONS:
+            raise UnsupportedLayerError(
+                f"A tensor must have 1 to {_MOST_DIMENSIONS} dimensions to be merged into, but"
+                f" {name!r} has {len(entries[name].shape)}. Merge it in the model."
+            )
 
 
 def _orientations(
@@ -215,20 +251,21 @@ def _orientations(
         shape = checkpoint.entries[places[path].tensor].shape
         if layer.kind not in ("linear", "matrix") or len(shape) != 2:
             continue
-        lora_A, lora_B = layer.parts["lora_A"], layer.parts["lora_B"]
-        if shape[0] == shape[1] and not layer.transposed:
+        if shape[0] == shape[1]:
             square.append(path)
-        else:
-            told[path] = layer.transposed or (lora_A.shape[1], len(lora_B)) == shape
-    if transposed is None and square and len(set(told.values())) > 1:
+        else:  # shapes are sure, and a flag may be that of another layer
+            told[path] = (layer.parts["lora_A"].shape[1], len(layer.parts["lora_B"])) == shape
+    turned = [path for path, is_turned in told.items() if is_turned]
+    plain = [path for path in told if path not in turned]
+    said = [path for path, layer in layers.items() if layer.transposed]
+    if transposed is None and square and plain and (turned or said):
+        whose = listed(turned, 1) if turned else "the adapter says"
         raise MismatchError(
             f"Square matrices must be stored as all others are, but some of"
-            f" {str(checkpoint.path)!r} are stored (in, out), as"
-            f" {listed([n for n, t in told.items() if t], 1)}, and some (out, in), as"
-            f" {listed([n for n, t in told.items() if not t], 1)}. Pass transposed=True or"
-            f" transposed=False for {listed(square)}."
+            f" {str(checkpoint.path)!r} are stored (in, out), as {whose}, and some (out, in), as"
+            f" {listed(plain, 1)}. Pass transposed=True or transposed=False for {listed(square)}."
         )
-    default = any(told.values()) if transposed is None else transposed
+    default = bool(turned or said) if transposed is None else transposed
     return {**told, **dict.fromkeys(square, default)}
 
 

@@ -217,7 +217,7 @@ def _new_bias(name: str, layer: LoRAMixin) -> Tensor | None:
 
 def _put_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:
     product = product_of(layer)
-    if product is None:
+    if product is None or adds_to_bias(layer):
         return _copy_in_place(name, layer, state)
     weight, room = product.weight, product.room()
     before, version = _sample(product, weight, weight), weight._version

@@ -61,7 +61,7 @@ class Product(NamedTuple):
 def product_of(layer: LoRAMixin) -> Product | None:
     """The merged weight as a sum with one product that can be written in place.
 
-    None where it is more than that, as with DoRA or a bias, and where the weight's layout, type or
+    None where it is more than that, as with DoRA, and where the weight's layout, type or
     mode forbids it.
     """
     weight = layer.weight
@@ -70,7 +70,7 @@ def product_of(layer: LoRAMixin) -> Product | None:
         and type(weight) is nn.Parameter
         and weight.dtype in (*_WIDE, *_HALF)
         and not weight.is_inference()  # which has no version to tell by
-        and all(layer.lora_configs[n].plain_sum for n in layer.lora_selection.names)
+        and not any(layer.lora_configs[n].dora for n in layer.lora_selection.names)
         and is_linear_in_weight(layer)
     )
     matrix = layer.lora_matrix(weight) if fits else None
