@@ -1009,3 +1009,21 @@ def test_transposed_weights_are_said_to_be_so_where_all_are() -> None:
         config = encode(adapter(layers), "peft").config
         assert config is not None
         assert config["fan_in_fan_out"] is said
+
+
+@pytest.mark.parametrize("form", ["kohya", "lycoris"])
+def test_entries_that_follow_from_the_adapter_or_a_named_base_are_not_the_callers(
+    form: str,
+) -> None:
+    a = adapter({"x": unet("mid_block.x.attn2.to_k", (4, 768))})
+    said = r"^`metadata` must leave 'ss_network_args', 'ss_network_module' to the format, but sets"
+    with pytest.raises(ConfigError, match=said):
+        encode(a, form, metadata={"ss_network_args": "{}", "ss_network_module": "x.y"})
+    own = {"ss_base_model_version": "flux", "modelspec.architecture": "flux/lora", "ss_seed": "1"}
+    assert own.items() <= encode(a, form, metadata=own).metadata.items()
+    said = (
+        r"^`metadata` must leave 'ss_base_model_version', 'modelspec.architecture' to the format"
+        r" and to base='sd_v1', but sets them\. Leave them out\.$"
+    )
+    with pytest.raises(ConfigError, match=said):
+        encode(a, form, metadata=own, base="sd_v1")

@@ -431,6 +431,10 @@ def test_differences_of_normalisation_are_added_where_it_reads_them(
     again.load_state_dict(before)
     lora_core.load(again, tmp_path / "b")
     assert_close(again(x), asked(x))
+    lora_core.save(model, tmp_path / "c", format="lycoris", fold=True)
+    kept = safetensors.torch.load_file(tmp_path / "c")
+    for key, t in stored.items():
+        assert torch.equal(kept[key], t)
     lora_core.merge(model.eval())
     merged = {n: p for n, p in model.named_parameters() if "lora" not in n}
     for name, p in asked.named_parameters():

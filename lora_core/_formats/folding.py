@@ -69,3 +69,32 @@ def _wide(tensor: Tensor) -> Tensor:
 def _with(layer: AdapterLayer, parts: Mapping[str, Tensor], **settings: object) -> AdapterLayer:
     config: AdapterConfig = replace(layer.settings, reserve_rank=None, **settings)  # type: ignore[arg-type]
     return replace(layer, config=config, parts=parts)
+
+
+def as_differences(layers: Mapping[str, AdapterLayer]) -> dict[str, AdapterLayer]:
+    """The layers with those of a module's vectors as one whole difference of the module.
+
+    So programs have what is trained of normalisation: its weight and bias are not read by name.
+    """
+    found: dict[str, AdapterLayer] = {}
+    for name, layer in layers.items():
+        module, _, part = name.rpartition(".")
+        path = layer.path or name
+        plain = layer.kind == "weight" and layer.parts.keys() == {"lora_A", "lora_B"}
+        vector = plain and layer.parts["lora_B"].shape == (1, 1) and module not in layers
+        if not vector or part not in ("weight", "bias") or not path.endswith(f".{part}"):
+            found[name] = layer
+            continue
+        product = functional.lora_delta(
+            layer.parts["lora_A"], layer.parts["lora_B"], layer.settings.scale
+        )
+        parts = found[module].parts if module in found else {}
+        found[module] = replace(
+            layer,
+            kind="difference",
+            config=None,
+            parts={**parts, part: product[0].to(layer.settings.dtype)},
+            path=path.removesuffix(f".{part}"),
+            aliases=(),
+        )
+    return found

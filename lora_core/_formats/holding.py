@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from lora_core._errors import ConfigError, listed
-from lora_core._formats.folding import without_core, without_first
+from lora_core._formats.folding import as_differences, without_core, without_first
 from lora_core._formats.neutral import AdapterLayer
 
 FORMATS = ("lora_core", "kohya", "lycoris", "peft", "diffusers")
@@ -62,7 +62,7 @@ def held(
     Raises:
         ConfigError: If something has no place; the message has the layers and the repair.
     """
-    out = dict(layers)
+    out = as_differences(layers) if format == "lycoris" else dict(layers)
     for feature in _FEATURES:
         if format in feature.formats:
             continue

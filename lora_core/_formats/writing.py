@@ -70,8 +70,10 @@ def encode(
         raise ConfigError("An adapter must have a layer to be written, but has none. Add one.")
     if format != "lora_core":  # whose values are seen when they are packed
         check_values(adapter.layers)
-    about = {**carried(adapter.metadata), **check_metadata({} if metadata is None else metadata)}
-    base = check_base(base)
+    given, base = check_metadata({} if metadata is None else metadata), check_base(base)
+    if format in ("kohya", "lycoris"):
+        writing_kohya.check_given(given, base)
+    about = {**carried(adapter.metadata), **given}
     # sorted, so that what is chosen among several is the same for every order
     layers = holding.held(
         dict(sorted(adapter.layers.items())), format, fold=check_flag("fold", fold)
@@ -143,6 +145,7 @@ def _notes(before: Mapping[str, AdapterLayer], found: Encoded, format: str) -> I
         name: (layer, found.layers[name])
         for name, layer in before.items()
         if layer.config is not None
+        and name in found.layers
         and not (format == "lora_core" and found.layers[name].config is layer.config)
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lora_core._errors import ConfigError, listed
 from lora_core._formats.encoded import Encoded
 from lora_core._formats.families import base_of
 from lora_core._formats.folding import folded, without_rslora
@@ -72,6 +73,24 @@ def file(
     args = about.pop(ARGS, _ARGS[format])
     general, computed = training(_MODULES[format], known, adapter.name, layers, args)
     return Encoded(tensors, with_hashes(tensors, general | about | computed), layers)
+
+
+def check_given(metadata: Mapping[str, str], base: str | None) -> None:
+    """Refuses entries that follow from the adapter, or from a base that is named.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    taken = [
+        key
+        for key in metadata
+        if key in ("ss_network_module", ARGS) or (base is not None and _OF_BASE.fullmatch(key))
+    ]
+    if taken:
+        raise ConfigError(
+            f"`metadata` must leave {listed(taken)} to the format"
+            f"{'' if base is None else f' and to base={base!r}'}, but sets them. Leave them out."
+        )
 
 
 def _scaled(name: str, layer: AdapterLayer) -> AdapterLayer:
