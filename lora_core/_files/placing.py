@@ -136,12 +136,12 @@ def _check(
     idle = [part for part in models if part not in served]
     lost = resolution.missing
     if not resolution.found:
-        known = [
-            f"{part}.{path}".lstrip(".")
+        every = [
+            (f"{part}.{path}".lstrip("."), candidate.raw)
             for part, mine in candidates.items()
             for path, candidate in mine.items()
-            if not candidate.raw
         ]
+        known = [name for name, raw in every if not raw] or [name for name, _ in every]
         raise MismatchError(
             f"A layer of {where!r} must be in the model, but none of its {len(file.layers)} is:"
             f" {listed([_near(n, lost.get(n, '')) for n in file.layers])}; it has {len(known)}:"
