@@ -38,7 +38,7 @@ from lora_core import (
     resize,
 )
 from lora_core._adapters import layers_with
-from lora_core._algebra import AlgebraReport, LayerResult, products
+from lora_core._algebra import AlgebraReport, LayerResult, extracting, products
 from lora_core._algebra.methods import METHODS, dropped_entries
 from lora_core._config import AdapterConfig
 from lora_core._formats import AdapterLayer, container, native, read
@@ -752,9 +752,9 @@ def test_files_and_shards_give_what_models_give(
         assert found.layers.keys() == expected.layers.keys()
         for name, layer in found.layers.items():
             assert torch.equal(delta(layer), delta(expected.layers[name]))
-    with pytest.warns(UserWarning, match=r"^no product of .* 2 tensors differ: 'attn.in_proj_w"):
+    with pytest.warns(UserWarning, match="^left out are 2 tensors that differ, .* 'attn.in_proj"):
         alone = extract(one, index, rank=2)  # by the shapes alone
-    assert "how 2 tensors differ: 'attn.in_proj_weight', 'experts'" in alone.notes[-1]
+    assert alone.notes[-1].endswith("matrix or kernel: 'attn.in_proj_weight', 'experts'")
     kinds = {name: layer.kind for name, layer in alone.layers.items()}
     assert kinds == {
         "attn.out_proj": "linear", "conv": "conv", "emb": "linear",
@@ -800,7 +800,7 @@ def test_a_random_subspace_is_seeded_near_the_best_and_says_its_error() -> None:
         assert told[-1].error == pytest.approx(measured, rel=1e-4, abs=1e-5)
 
 
-def test_what_no_product_expresses_is_warned_of_and_noted() -> None:
+def test_what_is_left_out_is_warned_of_and_noted() -> None:
     base, tuned = zoo(), zoo()
     with torch.no_grad():
         tuned.lin.weight.add_(torch.ones(7, 6))
@@ -808,7 +808,8 @@ def test_what_no_product_expresses_is_warned_of_and_noted() -> None:
         tuned.norm.weight.add_(1)
     tuned.register_buffer("extra", torch.zeros(2, dtype=torch.int64))
     message = (
-        "no product of factors expresses how 3 tensors differ: 'lin.bias', 'norm.weight', 'extra'"
+        "left out are 3 tensors that differ, being no layer's matrix or kernel: 'lin.bias',"
+        " 'norm.weight', 'extra'"
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         found = extract(base, tuned, rank=1)
@@ -877,6 +878,16 @@ def test_a_model_says_how_a_matrix_is_stored() -> None:
     found = extract(base, tuned, rank=5).layers["0"]
     assert_close(delta(found), asked.T, rtol=1e-4, atol=1e-4)
     assert found.parts["lora_A"].shape == (5, 6)
+
+
+def test_a_weight_becomes_one_layer_whatever_offers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = nn.Sequential(nn.Linear(6, 5)), nn.Sequential(nn.Linear(6, 5))
+    (layer,) = (c for c in extracting.walk(base) if c.name == "0")
+    parameter = replace(layer, names=("0.weight",))
+    for offered in ([layer, parameter], [parameter, layer]):
+        monkeypatch.setattr(extracting, "walk", lambda _, offered=offered: offered)
+        with pytest.warns(UserWarning, match=r"^left out are 1 tensors .* '0\.bias'$"):
+            assert list(extract(base, tuned, rank=1).layers) == ["0"]
 
 
 # --- merge_file -------------------------------------------------------------------------------
@@ -1230,7 +1241,8 @@ def test_an_adapter_of_another_model_is_refused_with_both_sides(
         merge_file(base, replace(a, layers={"square": square}), tmp_path / "out")
     both = {"lin": a.layers["lin"], "lin.weight": a.layers["lin"]}
     with pytest.raises(MismatchError, match=(
-        r"^Each layer must have a tensor of its own, but 'lin', 'lin\.weight' share one of"
+        r"^Each layer must have a tensor of its own, but 'lin', 'lin\.weight' share"
+        r" 'lin\.weight' of"
     )):  # fmt: skip
         merge_file(base, replace(a, layers=both), tmp_path / "out")
     assert listing(tmp_path) == before
@@ -1300,6 +1312,21 @@ def test_nothing_is_overwritten_unasked(lin: tuple[Path, Adapter], tmp_path: Pat
         f"`out` must be a new folder for a checkpoint of shards, but {str(out)!r} is there. Choose"
         " another name: several files can't be replaced at once."
     )
+
+
+def test_a_tensor_in_two_shards_is_refused(lin: tuple[Path, Adapter], tmp_path: Path) -> None:
+    base, a = lin
+    folder = shards(safetensors.torch.load_file(base), tmp_path / "shards")
+    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = max(where, key=where.__getitem__)  # of the last shard
+    for other in sorted(set(where.values())):
+        held = safetensors.torch.load_file(folder / other)
+        safetensors.torch.save_file({**held, name: torch.zeros(1)}, folder / other)
+    with pytest.raises(CorruptFileError, match=(
+        r"^'.*\.index\.json' must map exactly the tensors of its 2 files, but differs at"
+        rf" '{re.escape(name)}'\. Fetch or save it again\.$"
+    )):  # fmt: skip
+        merge_file(folder, a, tmp_path / "out")
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(lin: tuple[Path, Adapter], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +104,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f" ({type(error).__name__}: {error}). Fetch or save it again."
         ) from error
     files = tuple(found.parent / name for name in names)
-    entries = {name: entry for file in files for name, entry in _entries(file).items()}
-    apart = [
-        n for n in {*entries, *where} if n not in entries or where.get(n) != entries[n].file.name
-    ]
+    held = [entry for file in files for entry in _entries(file).items()]
+    entries, times = dict(held), Counter(name for name, _ in held)
+    # a tensor in two shards would be changed in one of them alone
+    apart = [n for n in {*entries, *where} if times[n] != 1 or where.get(n) != entries[n].file.name]
     if apart:
         raise CorruptFileError(
             f"{str(found)!r} must map exactly the tensors of its {len(files)} files, but differs at"

@@ -42,7 +42,14 @@ class _Side(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A layer that can have an update: its name, where its weight is, and its mixin and kind."""
+    """A layer that can have an update.
+
+    Attributes:
+        name: Its name.
+        place: Where its weight is.
+        kind: Its kind, as in `AdapterLayer`.
+        matrix: Makes the matrix that its factors multiply to of its weight.
+    """
 
     name: str
     place: Place
@@ -73,8 +80,9 @@ def extract(
     and one of three to five for a convolution's. Where that is wrong, as for embeddings, give a
     model for one side.
 
-    What no product of factors expresses (biases, norms, tensors that only one side has) is warned
-    of and noted in the result.
+    Only the matrices and kernels of layers become factors. Other tensors that differ (biases, the
+    vectors of norms, tensors that one side alone has) are left out, warned of and noted in the
+    result.
 
     Args:
         base: A model, or a checkpoint: a ``.safetensors`` file, the index of shards, or a folder
@@ -143,7 +151,8 @@ def extract(
             )
             result, lost = cut(found, limit, like, dtype, silent=unheard(layer.kind, matrix))
             del difference, matrix, found
-            # a copy, made when all that is large is gone: memory between large pieces stays unused
+            # copies, made when all that is large is gone: a factor that lives on between two large
+            # tensors keeps the allocator from joining their memory, and each layer would take more
             made[layer.name] = replace(
                 result, parts={n: t.clone() for n, t in result.parts.items()}
             )
@@ -159,7 +168,10 @@ def extract(
         f"extracted with a relative error of {tell.worst:.2e} at most in a layer",
     )
     if left:
-        note = f"no product of factors expresses how {len(left)} tensors differ: {listed(left)}"
+        note = (
+            f"left out are {len(left)} tensors that differ, being no layer's matrix or kernel:"
+            f" {listed(left)}"
+        )
         warnings.warn(note, stacklevel=2)
         notes += (note,)
     return Adapter(name, made, notes=notes)
@@ -234,16 +246,19 @@ def _layers(base: _Side, tuned: _Side) -> list[_Layer]:
 def _of_model(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...]], tensors: frozenset[str]
 ) -> Iterator[_Layer]:
-    found = []
+    found: dict[Place, _Layer] = {}
     for candidate in walk(model):
         place, mixin = place_of(candidate.name, tensors), mixin_for(candidate.module)
         if place is None or mixin is None or len(shapes[place.tensor]) < 2:
             continue
+        # a module's weight may be a parameter of its own too, which knows less of it
+        if place in found and candidate.name == place.tensor:
+            continue
         if candidate.adaptable and not candidate.problem:
-            found.append(_Layer(candidate.name, place, mixin.lora_kind, mixin.lora_matrix))
-    packed = {layer.place.tensor for layer in found if layer.place.part is not None}
-    for layer in found:  # by its parts, or whole
-        if layer.place.part is not None or layer.place.tensor not in packed:
+            found[place] = _Layer(candidate.name, place, mixin.lora_kind, mixin.lora_matrix)
+    packed = {place.tensor for place in found if place.part is not None}
+    for place, layer in found.items():  # by its parts, or whole
+        if place.part is not None or place.tensor not in packed:
             yield layer
 
 
