@@ -362,6 +362,11 @@ def test_differences_are_passed_on_or_refused() -> None:
         ((["a"], [1]), {"method": "dare", "rank": 2, "density": 2}, "^`density` must be in"),
         ((["a"], [1]), {"dtype": torch.int8}, r"^`dtype` must be a floating type"),
         ((["a"], [2]), {"name": "a/b"}, r"^`name` must be 1 to 64 letters"),
+        ((["a"], 1), {}, r"^`weights` must be a sequence, .* but is int\. Put it in a list\.$"),
+        ((["a"], [1]), {"seed": 2**64}, r"^`seed` must be .* 1, but is 18446744073709551616\.$"),
+        ((["a"], [1]), {"seed": -(2**64)}, r"^`seed` must be a whole number from -2\*\*63 to 2"),
+        ((["a"], [1]), {"seed": "a"}, r"^`seed` must be a whole number .* 1, but is 'a'\.$"),
+        ((["a"], [1]), {"seed": True}, r"^`seed` must be a whole number .* 1, but is True\.$"),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_named(
@@ -412,10 +417,116 @@ def test_what_is_no_adapter_or_not_finite_is_refused() -> None:
         ConfigError, match=r"^`adapters` must be an Adapter, but is str\. Read the file first\.$"
     ):
         combine(["a.safetensors"], [1])  # type: ignore[list-item]
+    for one in (adapter(x=make_layer()), "a.safetensors"):
+        with pytest.raises(ConfigError, match=(
+            rf"^`adapters` must be a sequence, one for each adapter, but is {type(one).__name__}\."
+            r" Put it in a list\.$"
+        )):  # fmt: skip
+            combine(one, [1])  # type: ignore[arg-type]
     bad = adapter("bad", x=make_layer())
     bad.layers["x"].parts["lora_A"][0, 0] = math.inf
     with pytest.raises(ConfigError, match="^`adapter` must be finite, but 'x' of 'bad' holds NaN"):
         resize(bad, rank=1)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda a: combine([replace(a, layers={"x": with_bias(a.layers["x"])})], [1e300]),
+        lambda a: combine([a, a], [1e39, 1e39], rank=2),
+        lambda a: combine([a, a], [1e39, 1e39], 2, method="ties", density=0.5),
+        lambda a: combine([a, a], [1e39, 1e39], 2, method="dare", density=0.5),
+        lambda a: combine([a, a], [1e39, 1e39], 2, method="magnitude_prune", density=0.5),
+        lambda a: resize(combine([a], [1e39]), energy=0.9),
+        lambda a: resize(combine([a], [1e39]), rank=1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_that_overflow_are_refused(
+    act: Callable[[Adapter], Adapter], dtype: torch.dtype, capfd: pytest.CaptureFixture[str]
+) -> None:
+    a, wide = adapter(x=make_layer(dtype=dtype)), dtype == torch.float64
+    repair = "Choose torch.bfloat16 or torch.float32, or smaller" if dtype.itemsize == 2 else "Use"
+    repair = "Use smaller" if dtype != torch.float16 else repair
+    if wide:  # which holds them
+        assert all(t.isfinite().all() for t in act(a).layers["x"].parts.values())
+        return
+    message = (
+        f"`dtype` must hold all numbers of the result, but 'x' overflows {dtype}. {repair} weights."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        act(a)
+    assert capfd.readouterr().out == ""  # where the linear algebra beneath complains
+
+
+def with_bias(layer: AdapterLayer) -> AdapterLayer:
+    bias = {"lora_bias": torch.ones(SIZE[0], dtype=layer.parts["lora_A"].dtype)}
+    return replace(layer, config=replace(layer.settings, bias=True), parts={**layer.parts, **bias})
+
+
+def test_factors_too_large_for_the_type_asked_for_are_refused() -> None:
+    a = adapter(x=make_layer(alpha=1e12))
+    message = (
+        r"^`dtype` must hold all numbers of the result, but 'x' overflows torch\.float16\. Choose"
+        r" torch\.bfloat16 or torch\.float32, or smaller weights\.$"
+    )
+    for act in (
+        lambda dtype: resize(a, rank=2, dtype=dtype),
+        lambda dtype: resize(a, rank=1, dtype=dtype),
+        lambda dtype: combine([a, a], [1, 0.5], rank=1, dtype=dtype),
+        lambda dtype: combine([a, a], [1, 0.5], 1, method="ties", density=0.5, dtype=dtype),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            act(torch.float16)
+        assert act(torch.bfloat16).layers["x"].parts["lora_A"].isfinite().all()
+
+
+def test_squares_that_overflow_are_refused_and_not_taken_for_zero() -> None:
+    a = adapter(x=make_layer(alpha=1e300, dtype=torch.float64))
+    for limit in ({"rank": 1}, {"energy": 0.5}):
+        with pytest.raises(ConfigError, match="^`dtype` must hold all .* overflows torch.float64"):
+            resize(a, **limit)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.3, 0.7, -1.0)])
+def test_terms_that_cancel_ask_for_zero(
+    form: str, dtype: torch.dtype, weights: tuple[float, ...]
+) -> None:
+    a = adapter(x=make_layer(form, dtype=dtype))
+    parts = [a] * len(weights)
+    told: list[LayerResult] = []
+    for options in (
+        {"rank": 1},
+        {"rank": 1, "dtype": torch.float16},
+        {"rank": 1, "method": "magnitude_prune", "density": 1},
+        {},
+    ):
+        found = combine(parts, weights, told=told.append, **options)  # type: ignore[arg-type]
+        size = delta(a.layers["x"]).norm()
+        eps = torch.finfo(found.layers["x"].settings.dtype).eps
+        assert delta(found.layers["x"]).norm() < 8 * eps * size
+    assert [result.error for result in told[:3]] == [0, 0, 0]
+    # what a narrow type rounds off is measured by the terms
+    assert told[3].error < 8 * torch.finfo(dtype).eps
+    if form == "subtracted":
+        return
+    fresh = make_layer("subtracted", dtype=dtype)
+    parts_ = {**fresh.parts, "lora_A0": fresh.parts["lora_A"], "lora_B0": fresh.parts["lora_B"]}
+    resized = resize(adapter(x=replace(fresh, parts=parts_)), energy=0.9, told=told.append)
+    assert (resized.layers["x"].settings.rank, told[-1].error) == (1, 0)
+
+
+def test_a_small_sum_of_large_terms_is_no_zero() -> None:
+    a = make_layer()
+    b = replace(
+        a, parts={**a.parts, "lora_B": a.parts["lora_B"].flip(0) * 1e-4 + a.parts["lora_B"]}
+    )
+    adapters, told = [adapter(x=b), adapter(x=a)], list[LayerResult]()
+    combine(adapters, [1, -1], rank=1, told=told.append)
+    assert told[0].error == pytest.approx(tail(asked_of(adapters, [1, -1], "x"), 1), rel=0.01)
+    assert told[0].error > 0.1
 
 
 # --- combine: methods -------------------------------------------------------------------------
@@ -817,6 +928,42 @@ def test_what_is_left_out_is_warned_of_and_noted() -> None:
     assert found.notes[-1] == message
 
 
+@pytest.mark.parametrize("svd", ["exact", "randomised"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_their_side(
+    bad: float, svd: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sound, broken = zoo(), zoo()
+    with torch.no_grad():
+        broken.attn.in_proj_weight[7, 0] = bad  # the keys'
+    file = saved(broken, tmp_path / "x.safetensors")
+    for sides, side in (
+        ((sound, broken), "tuned"),
+        ((broken, sound), "base"),
+        ((sound, file), "tuned"),
+    ):
+        with pytest.raises(ConfigError, match=(
+            rf"^`{side}` must be finite, but 'attn\.k_proj_weight' holds NaN or infinity\. Go back"
+            r" to an earlier state\.$"
+        )):  # fmt: skip
+            extract(*sides, rank=1, svd=svd)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_difference_too_large_for_its_type_is_refused() -> None:
+    base, tuned = (nn.Sequential(nn.Linear(6, 5, bias=False)) for _ in range(2))
+    for size, dtype, repair in (
+        (2e9, torch.float16, "Choose torch.bfloat16 or torch.float32, or smaller weights."),
+        (3e38, torch.float32, "Use smaller weights."),
+    ):
+        with torch.no_grad():
+            base[0].weight.fill_(-size)
+            tuned[0].weight.fill_(size)
+        message = f"`dtype` must hold all numbers of the result, but '0' overflows {dtype}. "
+        with pytest.raises(ConfigError, match=f"^{re.escape(message + repair)}$"):
+            extract(base, tuned, rank=1, dtype=dtype)
+
+
 def test_equal_models_different_shapes_and_unmerged_adapters_are_refused(
     merged_zoo: tuple[Zoo, Zoo, Adapter], tmp_path: Path
 ) -> None:
@@ -855,6 +1002,9 @@ def test_equal_models_different_shapes_and_unmerged_adapters_are_refused(
         extract(base, base, energy=0.5, svd="randomised")
     with pytest.raises(ConfigError, match="^Exactly one of"):
         extract(base, base)
+    for seed in (2**70, "a", True):
+        with pytest.raises(ConfigError, match="^`seed` must be a whole number from "):
+            extract(base, base, rank=1, seed=seed)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
         extract(tmp_path / "none.safetensors", base, rank=1)
 

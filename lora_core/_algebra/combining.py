@@ -1,13 +1,13 @@
 """Several adapters as one: their exact sum, its best approximation, or a method's own mixture."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
-from lora_core._algebra.layers import check_adapter, check_limit
+from lora_core._algebra.layers import check_adapter, check_limit, check_result, check_seed
 from lora_core._algebra.matching import check_names
 from lora_core._algebra.methods import METHODS
 from lora_core._algebra.mixing import Part, mixed, summed
@@ -16,6 +16,7 @@ from lora_core._config import check_dtype, check_finite, check_name
 from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter
 
+T = TypeVar("T")
 Method = Literal["sum", "ties", "dare", "magnitude_prune"]
 
 
@@ -64,7 +65,7 @@ def combine(
         The result, which says in its notes how far from exact its worst layer is.
 
     Raises:
-        ConfigError: If a setting is out of range.
+        ConfigError: If a setting is out of range, or a layer's numbers overflow its type.
         MismatchError: If the adapters are for different kinds or sizes of a layer, or spell the
             modules' names differently.
         UnsupportedLayerError: If a layer has DoRA, or is no product of factors, and isn't alone at
@@ -86,11 +87,12 @@ def combine(
         >>> combine([a], [1]) == a
         True
     """
-    adapters = [check_adapter("adapters", adapter) for adapter in adapters]
-    weights = [check_finite("weights", weight) for weight in weights]
+    adapters = [check_adapter("adapters", adapter) for adapter in _several("adapters", adapters)]
+    weights = [check_finite("weights", weight) for weight in _several("weights", weights)]
     _check(adapters, weights, rank, method, density)
     limit = None if rank is None else check_limit(rank)
     check_dtype(dtype)
+    check_seed(seed)
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.layers))
     tell, layers = Teller(told, len(names)), {}
     with torch.no_grad():
@@ -107,6 +109,7 @@ def combine(
                 assert density is not None
                 draw = torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(key.encode()))
                 layers[key], error = mixed(key, parts, limit, dtype, method, density, draw)
+            check_result(key, layers[key], error)
             config = layers[key].config
             tell(key, 0 if config is None else config.rank, error)
     notes = _agreed_notes(adapters)
@@ -124,6 +127,15 @@ def combine(
         },
         notes=notes,
     )
+
+
+def _several(what: str, given: Iterable[T]) -> Iterable[T]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConfigError(
+            f"`{what}` must be a sequence, one for each adapter, but is {type(given).__name__}."
+            " Put it in a list."
+        )
+    return given
 
 
 def _check(

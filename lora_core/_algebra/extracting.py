@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lora_core._adapters import clean
 from lora_core._algebra.checkpoints import DTYPES, open_checkpoint
-from lora_core._algebra.layers import check_limit, cut, unheard
+from lora_core._algebra.layers import check_limit, check_result, check_seed, cut, unheard
 from lora_core._algebra.locating import Place, place_of
-from lora_core._algebra.products import Limit, dense_spectrum, subspace_rank
+from lora_core._algebra.products import Limit, dense_spectrum, is_finite, subspace_rank
 from lora_core._algebra.results import Teller, Told
 from lora_core._config import AdapterConfig, check_dtype, check_name
 from lora_core._errors import ConfigError, MismatchError, listed
@@ -101,7 +101,8 @@ def extract(
             `LayerResult`.
 
     Raises:
-        ConfigError: If a setting is out of range, or an adapter is active and not merged.
+        ConfigError: If a setting is out of range, an adapter is active and not merged, a weight
+            holds NaN or infinity, or a layer's factors overflow `dtype`.
         MismatchError: If a tensor has another shape on each side, or no weight differs.
         CorruptFileError: If a checkpoint is damaged or of another kind.
         OSError: If a file can't be read.
@@ -122,6 +123,7 @@ def extract(
     _check(svd, limit)
     check_dtype(dtype)
     check_name(name)
+    check_seed(seed)
     sides = _side("base", base), _side("tuned", tuned)
     layers = _layers(*sides)
     wrong = [
@@ -139,6 +141,8 @@ def extract(
     with torch.no_grad():
         for layer in layers:
             difference = _difference(layer, *sides)
+            if not is_finite(difference):
+                _check_finite(layer, *sides)
             if not difference.any():
                 tell(layer.name, 0, 0.0)
                 continue
@@ -150,6 +154,7 @@ def extract(
                 {"lora_A": difference.new_empty(1, *difference.shape[1:], device="meta")},
             )
             result, lost = cut(found, limit, like, dtype, silent=unheard(layer.kind, matrix))
+            check_result(layer.name, result, lost)
             del difference, matrix, found
             # copies, made when all that is large is gone: a factor that lives on between two large
             # tensors keeps the allocator from joining their memory, and each layer would take more
@@ -281,10 +286,24 @@ def _difference(layer: _Layer, base: _Side, tuned: _Side) -> Tensor:
     is_own = tuned.module is None or after.dtype != dtype  # a model's tensors are not ours
     after, before = after.to(dtype), before.to(after.device)
     found = after.sub_(before) if is_own else after - before
+    return _part(found, part)
+
+
+def _part(weight: Tensor, part: int | None) -> Tensor:
     if part is None:
-        return found
-    size = len(found) // len(PROJECTIONS)
-    return found[part * size : (part + 1) * size]
+        return weight
+    size = len(weight) // len(PROJECTIONS)
+    return weight[part * size : (part + 1) * size]
+
+
+def _check_finite(layer: _Layer, base: _Side, tuned: _Side) -> None:
+    """Names the side whose weight is not finite; of finite ones the difference may overflow."""
+    for what, side in (("base", base), ("tuned", tuned)):
+        if not is_finite(_part(side.read(layer.place.tensor), layer.place.part)):
+            raise ConfigError(
+                f"`{what}` must be finite, but {layer.name!a} holds NaN or infinity. Go back to an"
+                " earlier state."
+            )
 
 
 def _left(layers: list[_Layer], base: _Side, tuned: _Side) -> list[str]:

@@ -1,5 +1,6 @@
 """One layer of an adapter as a product of matrices, and such a product as a layer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import functional
-from lora_core._algebra.products import Limit, Spectrum, distance
+from lora_core._algebra.products import Limit, Spectrum, distance, is_finite
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter, AdapterLayer
@@ -60,6 +61,32 @@ def check_limit(
             bounds = "(0, 1]" if top else "[0, 1)"
             raise ConfigError(f"`{what}` must be in {bounds}, but is {share!r}.")
     return Limit(rank, energy, error)
+
+
+def check_seed(seed: object) -> int:
+    """Returns `seed` if torch's generators take it."""
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    if not whole or not -(2**63) <= seed < 2**64:  # type: ignore[operator]
+        raise ConfigError(
+            f"`seed` must be a whole number from -2**63 to 2**64 - 1, but is {seed!r}."
+        )
+    return seed  # type: ignore[return-value]
+
+
+def check_result(name: str, layer: AdapterLayer, error: float) -> None:
+    """Refuses a new layer with numbers that its type, or the work on it, can't hold."""
+    over = [part.dtype for part in layer.parts.values() if not is_finite(part)]
+    if not over and math.isfinite(error):
+        return
+    dtype = over[0] if over else next(iter(layer.parts.values())).dtype
+    repair = (
+        "Choose torch.bfloat16 or torch.float32, or smaller weights."
+        if dtype == torch.float16
+        else "Use smaller weights."
+    )
+    raise ConfigError(
+        f"`dtype` must hold all numbers of the result, but {name!r} overflows {dtype}. {repair}"
+    )
 
 
 def is_factored(layer: AdapterLayer) -> bool:
@@ -222,7 +249,7 @@ def cut(
         lora_A = lora_A.masked_fill(silent, 0)
     made = rebuilt(like, (lora_A, lora_B), float(rank), dtype, **rest)
     error = found.error(rank)
-    if dtype.itemsize < 4:
+    if dtype.itemsize < 4 and found.tails()[0]:
         # at right angles to what was cut off, but for its own randomness
         rounding = distance((lora_A, lora_B), scaled(made))
         error = (error**2 + rounding**2 * (1 - error**2)) ** 0.5

@@ -39,7 +39,7 @@ def dropped_entries(update: Tensor, density: float, generator: torch.Generator) 
         >>> dropped_entries(torch.ones(3), 1.0, torch.Generator())
         tensor([1., 1., 1.])
     """
-    kept = torch.bernoulli(torch.full(update.shape, density), generator=generator)
+    kept = torch.bernoulli(torch.full(update.shape, float(density)), generator=generator)
     return update * kept.to(update) / density
 
 

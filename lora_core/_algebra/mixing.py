@@ -167,6 +167,7 @@ def mixed(
     updates = torch.stack([functional.lora_delta(*scaled(*part)) for part in parts])
     mixture = METHODS[method](updates, density, generator)
     found = dense_spectrum(mixture, subspace_rank(mixture, limit), generator)
+    found = found._replace(terms=float(updates.double().norm()))
     silent = unheard(like.kind, torch.cat([matrices(layer)[0] for layer in layers], dim=-2))
     dtype = _widest(layers) if dtype is None else dtype
     return cut(found, limit, like, dtype, silent=silent, among=layers)

@@ -15,7 +15,7 @@ _EXACT = 1024  # a larger matrix takes seconds to decompose whole
 _OVERSAMPLED = 16  # columns that a random subspace has beyond the rank
 _SWEEPS = 8  # of the subspace iteration
 _TOGETHER = 2**18  # numbers of what a subspace lacks that are worked out at a time
-_NOISE = 8  # roundings of the largest singular value that the values of zero may reach
+_NOISE = 8  # roundings of the largest singular value, or term, that those of zero may reach
 
 
 class Spectrum(NamedTuple):
@@ -26,12 +26,15 @@ class Spectrum(NamedTuple):
         S: Singular values, ``(..., K)``, in falling order.
         Vh: Right singular vectors, ``(..., K, in)``.
         rest: The squared norm of the part outside these vectors; 0 where they are all.
+        terms: The norm of the terms that the matrix is a sum of, which may cancel; 0 where it is
+            none.
     """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
     rest: float = 0.0
+    terms: float = 0.0
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """``(lora_A, lora_B)`` of the nearest product of this rank, each with half of each value.
@@ -48,10 +51,13 @@ class Spectrum(NamedTuple):
         rows: list[list[float]] = self.S.reshape(-1, self.S.shape[-1]).tolist()
         noise = [_NOISE * torch.finfo(self.S.dtype).eps * row[0] for row in rows]
         each = [
-            sum(value**2 for value, zero in zip(column, noise, strict=True) if value > zero)
+            # a power of floats raises where a product is infinite
+            sum(value * value for value, zero in zip(column, noise, strict=True) if value > zero)
             for column in zip(*rows, strict=True)
         ]
-        return [lost + self.rest for lost in accumulate([0.0, *reversed(each)])][::-1]
+        tails = [lost + self.rest for lost in accumulate([0.0, *reversed(each)])][::-1]
+        is_zero = math.sqrt(tails[0]) < _rounding(self.terms, self.S.dtype)
+        return [0.0] * len(tails) if is_zero else tails
 
     def error(self, rank: int) -> float:
         """The norm of what is lost at this rank, over the norm of all; 0 where all is zero."""
@@ -59,11 +65,42 @@ class Spectrum(NamedTuple):
         return math.sqrt(tails[min(rank, len(tails) - 1)] / tails[0]) if tails[0] else 0.0
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite, in one pass and without a copy."""
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
+
+
+def terms_norm(lora_A: Tensor, lora_B: Tensor) -> float:
+    """The norm of the terms that ``lora_B @ lora_A`` is a sum of, as if none cancelled another.
+
+    Each is a column times a row; that of all is the root of the sum of their squares.
+    """
+    each = lora_B.norm(dim=-2).double() * lora_A.norm(dim=-1).double()  # (..., R)
+    return float(each.norm())
+
+
+def _rounding(terms: float, dtype: torch.dtype) -> float:
+    """The norm that the rounding of terms of this norm may reach where their sum is zero."""
+    return _NOISE * torch.finfo(dtype).eps * terms
+
+
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The exact SVD; NaN of a matrix that is not finite, of which LAPACK makes an error."""
+    if is_finite(matrix):
+        return tuple(torch.linalg.svd(matrix, full_matrices=False))
+    *batch, out, width = matrix.shape
+    count = min(out, width)
+    shapes = (*batch, out, count), (*batch, count), (*batch, count, width)
+    U, S, Vh = (matrix.new_tensor(math.nan).expand(shape) for shape in shapes)
+    return U, S, Vh
+
+
 def spectrum(lora_A: Tensor, lora_B: Tensor) -> Spectrum:
     """The singular values of ``lora_B @ lora_A``, from small matrices alone.
 
     QR of both factors leaves a core of the rank's size, whose singular values they are; nothing of
-    size (out, in) is made, and the work is of order ``(in + out) * R**2``.
+    size (out, in) is made, and the work is of order ``(in + out) * R**2``. All is NaN where a
+    number is not finite or the product overflows.
 
     Shape:
         - lora_A: ``(..., R, in)``; lora_B: ``(..., out, R)``, float32 or wider
@@ -77,14 +114,16 @@ def spectrum(lora_A: Tensor, lora_B: Tensor) -> Spectrum:
     """
     left, upper = torch.linalg.qr(lora_B)
     right, lower = torch.linalg.qr(lora_A.mT)
-    U, S, Vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
-    return Spectrum(left @ U, S, Vh @ right.mT)
+    U, S, Vh = _decomposed(upper @ lower.mT)
+    return Spectrum(left @ U, S, Vh @ right.mT, terms=terms_norm(lora_A, lora_B))
 
 
 def dense_spectrum(
     matrix: Tensor, rank: int | None = None, generator: torch.Generator | None = None
 ) -> Spectrum:
     """The singular values of a dense matrix: all of them, or the first few by a random subspace.
+
+    All is NaN where a number is not finite.
 
     Args:
         matrix: The matrix, or a batch.
@@ -102,8 +141,8 @@ def dense_spectrum(
         >>> dense_spectrum(torch.eye(5, 3)).S.shape
         torch.Size([3])
     """
-    if rank is None:
-        return Spectrum(*torch.linalg.svd(matrix, full_matrices=False))
+    if rank is None or not is_finite(matrix):
+        return Spectrum(*_decomposed(matrix))
     *batch, out, width = matrix.shape
     wanted = min(rank + _OVERSAMPLED, out, width)
     start = torch.randn(*batch, width, wanted, generator=generator, dtype=torch.float32)
@@ -139,6 +178,8 @@ def product_norm(lora_A: Tensor, lora_B: Tensor) -> float:
 def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     """The norm of the difference of two products, over the norm of the first; 0 for two zeros.
 
+    Where the first is zero but for rounding, because its terms cancel, it is over theirs.
+
     Args:
         one: ``(lora_A, lora_B)``.
         other: Likewise, of any rank.
@@ -153,7 +194,9 @@ def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     """
     (A, B), (other_A, other_B) = one, other
     gap = product_norm(torch.cat([A, other_A], dim=-2), torch.cat([B, -other_B], dim=-1))
-    norm = product_norm(A, B)
+    norm, terms = product_norm(A, B), terms_norm(A, B)
+    if norm < _rounding(terms, A.dtype):
+        norm = terms
     return gap / norm if norm else 0.0 if not gap else math.inf
 
 

@@ -7,6 +7,7 @@ import torch
 from lora_core._algebra.layers import (
     check_adapter,
     check_limit,
+    check_result,
     cut,
     refuse_nonlinear,
     scaled,
@@ -47,7 +48,7 @@ def resize(
 
     Raises:
         ConfigError: If not exactly one of `rank`, `energy` and `error` is given, or a setting is
-            out of range.
+            out of range, or a layer's numbers overflow its type.
         UnsupportedLayerError: If a layer that must change has DoRA or is no product of factors.
 
     Reference:
@@ -68,6 +69,7 @@ def resize(
     with torch.no_grad():
         for name, layer in adapter.layers.items():
             layers[name], lost = _resized(name, layer, limit, dtype)
+            check_result(name, layers[name], lost)
             config = layers[name].config
             tell(name, 0 if config is None else config.rank, lost)
     notes = adapter.notes

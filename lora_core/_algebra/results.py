@@ -15,6 +15,8 @@ class LayerResult:
         rank: Its rank there.
         error: How far its update is from what was asked: the norm of the difference over the norm
             of what was asked. The rounding of float32 is not counted, that of narrower types is.
+            Terms that cancel to nothing but their own rounding ask for zero: what is lost of that
+            is nothing, and what narrow types round off is over the norm of the terms.
         done: How many layers are done, this one included.
         total: How many there are.
     """
