@@ -37,7 +37,7 @@ def regraft(
     """
     holders = [m for m in modules if isinstance(m, LoRAMixin) and name in m.lora_configs]
     like, new = holders[0], {id(g.module) for g in grafts}
-    slot, usual = like.lora_slots[name], like.lora_strengths().get(name)
+    slot, usual = {name: like.lora_slots[name]}, like.lora_strengths().get(name)
     _check_samples(holders, name, grafts, strength)
     training = any(p.requires_grad for m in holders for p in m.lora_parts(name).values())
     # for the whole: a choice, or a pin, comes before or after

@@ -306,6 +306,7 @@ def _configure(
         if not any(matches(pattern, c) for c in chosen):
             raise no_rule_match(pattern, chosen)
     configs, general = [], checked_settings(settings)
+    known: dict[AdapterConfig, AdapterConfig] = {}  # one object for all layers that are alike
     for c in chosen:
         mine, ruled = general, False
         found = [overrides for pattern, overrides in rules.items() if matches(pattern, c)]
@@ -315,7 +316,8 @@ def _configure(
         # asked for in general, it is for those that have one
         if mine["bias"] and not ruled and not _has_bias(c):
             mine = {**mine, "bias": False}
-        configs.append(layer_config(c.module, mine, f" at {c.name!r}" if c.name else ""))
+        config = layer_config(c.module, mine, f" at {c.name!r}" if c.name else "")
+        configs.append(known.setdefault(config, config))
     if settings["bias"] is True and not any(config.bias for config in configs):
         raise ConfigError(
             f"`bias=True` must find a bias to add to, but none of the {len(chosen)} chosen layers"

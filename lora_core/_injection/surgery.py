@@ -137,7 +137,7 @@ def graft(
     with all_or_nothing(modules[0], with_parameters):
         for module in with_parameters if freeze else ():
             freeze_module(module, name, others=others)
-        slot = object()
+        slot: dict[str, object] = {name: object()}
         for g in grafts:
             attach(g.module, name, g.config, g.parts, strength, slot)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,57 +10,76 @@ from torch import nn
 from lora_core._injection.guarding import settle
 from lora_core._layers import FROZEN, factor_names
 
-# a module, its class, attributes, children and hooks, and its parameters with their flags and
-# gradients
-_Snapshot = tuple[
-    nn.Module,
-    type[nn.Module],
-    dict[str, Any],
-    Mapping[str, nn.Module | None],
-    Mapping[int, Any],
-    dict[str, tuple[nn.Parameter, bool, torch.Tensor | None] | None],
-]
-
-
 _NONE: Mapping[Any, Any] = {}
+
+
+class _Snapshot(NamedTuple):
+    """A module as it was."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+    parameters: dict[str, nn.Parameter | None]
+    children: Mapping[str, nn.Module | None]
+    hooks: Mapping[int, Any]
+
+
+class _Training(NamedTuple):
+    """What of many parameters trained, and the gradients that there were.
+
+    A few lists for all: thousands of small objects cost the collector dear.
+    """
+
+    trained: list[nn.Parameter]
+    frozen: list[nn.Parameter]
+    gradients: list[tuple[nn.Parameter, torch.Tensor]]
 
 
 @contextmanager
 def all_or_nothing(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[None]:
     """Restores these modules where what follows raises, and settles the guards of the model."""
-    before = [_snapshot(m) for m in changed]
+    training = _Training([], [], [])
+    before = [_snapshot(m, training) for m in changed]
     try:
         yield
         settle(model)
     except BaseException:
-        _restore(before)
+        _restore(before, training)
         settle(model)
         raise
 
 
-def _snapshot(module: nn.Module) -> _Snapshot:
-    parameters = {
-        key: None if p is None else (p, p.requires_grad, p.grad)
-        for key, p in module._parameters.items()
-    }
+def _snapshot(module: nn.Module, training: _Training) -> _Snapshot:
+    parameters = dict(module._parameters.items())  # a scripted module's are no dict
+    for p in parameters.values():
+        if p is None:
+            continue
+        (training.trained if p.requires_grad else training.frozen).append(p)
+        if p.grad is not None:
+            training.gradients.append((p, p.grad))
     # most have none: thousands of empty dicts cost the collector dear
     hooks = dict(module._forward_pre_hooks) if module._forward_pre_hooks else _NONE
     children = dict(module._modules) if module._modules else _NONE
-    return module, type(module), dict(vars(module)), children, hooks, parameters
+    return _Snapshot(module, type(module), dict(vars(module)), parameters, children, hooks)
 
 
-def _restore(before: Sequence[_Snapshot]) -> None:
-    for module, cls, attributes, children, hooks, parameters in before:
-        for p, flag, grad in filter(None, parameters.values()):
-            p.requires_grad_(flag)
-            p.grad = grad
+def _restore(before: Sequence[_Snapshot], training: _Training) -> None:
+    for p in (*training.trained, *training.frozen):
+        p.grad = None
+    for p in training.frozen:
+        p.requires_grad_(False)
+    for p in training.trained:
+        p.requires_grad_(True)
+    for p, grad in training.gradients:
+        p.grad = grad
+    for module, cls, attributes, parameters, children, hooks in before:
         if isinstance(module, torch.jit.ScriptModule):
             continue  # nothing else of it was changed, and what it holds can't be replaced
         module.__class__ = cls
         vars(module).clear()
         vars(module).update(attributes)
         module._parameters.clear()
-        module._parameters.update({key: p and p[0] for key, p in parameters.items()})
+        module._parameters.update(parameters)
         module._modules.clear()
         module._modules.update(children)
         module._forward_pre_hooks.clear()

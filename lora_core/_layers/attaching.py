@@ -45,7 +45,7 @@ def attach(
     config: AdapterConfig,
     parts: Mapping[str, nn.Parameter],
     strength: Strength | None = 1.0,
-    slot: object = None,
+    slot: dict[str, object] | None = None,
 ) -> LoRAMixin:
     """Puts one adapter on a layer, in place; active beside those that are, but for None.
 
@@ -55,7 +55,8 @@ def attach(
         config: Its settings there.
         parts: Its tensors.
         strength: How strongly it is active; None for not at all.
-        slot: What tells it from another of its name, on all its layers; None makes one.
+        slot: By its name what tells it from another of that name, on all its layers, which may
+            share the dict; None makes one.
 
     Returns:
         The layer as it is now.
@@ -72,7 +73,9 @@ def attach(
     # the names are known to be free: `register_parameter` would look for each once more
     layer._parameters.update({f"{part}_{name}": parts[part] for part in config.parts})
     configs = {**layer.lora_configs, name: config}
-    slots = {**layer.lora_slots, name: object() if slot is None else slot}
+    slots = {name: object()} if slot is None else slot
+    if layer.lora_slots:
+        slots = {**layer.lora_slots, **slots}
     chosen = layer.lora_strengths() | ({} if strength is None else {name: strength})
     # at once: another thread sees the layer before or after
     vars(layer).update(

@@ -1,6 +1,7 @@
 """Which adapters of a layer are active, and the numbers that follow from it."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 
 import torch
 
@@ -40,8 +41,10 @@ class Selecting(Anatomy):
                     _check_gain(name, config, wanted, dtype)
                 gain = _gain(wanted, config, device, dtype)
             bank[name] = gain
-        gains = tuple(bank[name] for name in mine)
-        return Selection(tuple(mine), tuple(mine.values()), gains, tuple(bank.values()))
+        gains, every = tuple(bank[name] for name in mine), tuple(bank.values())
+        if all(one is other for one, other in zip_longest(gains, every)):
+            gains = every  # one object on each of many layers, and not two
+        return Selection(tuple(mine), tuple(mine.values()), gains, every)
 
     def _lora_known(
         self, configs: Mapping[str, AdapterConfig], device: torch.device, dtype: torch.dtype
