@@ -339,13 +339,73 @@ def test_dora_is_passed_on_or_refused() -> None:
     assert resize(dora, rank=2) == dora
 
 
-def test_differences_are_passed_on_or_refused() -> None:
-    layer = AdapterLayer("difference", None, {"weight": torch.ones(3)})
-    a = adapter(x=layer)
-    assert combine([a], [1]) == a
+def difference(dtype: torch.dtype = torch.float32, seed: int = 0, **shapes: Any) -> AdapterLayer:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = shapes or {"weight": (7,), "bias": (7,)}
+    parts = {part: torch.randn(s, generator=draw).to(dtype) for part, s in shapes.items()}
+    return AdapterLayer("difference", None, parts)
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_differences_are_summed(rank: int | None, dtype: torch.dtype) -> None:
+    a, b = adapter(x=difference(dtype)), adapter(x=difference(seed=1, weight=(7,)))
+    c = adapter(x=make_layer())
+    told: list[LayerResult] = []
+    found = combine([a, b], [0.5, -2], rank, told=told.append).layers["x"]
+    wide = torch.promote_types(dtype, torch.float32)
+    p, q = a.layers["x"].parts, b.layers["x"].parts
+    assert (found.kind, found.config) == ("difference", None)
+    assert torch.equal(found.parts["weight"], p["weight"].to(wide) * 0.5 + q["weight"] * -2)
+    assert torch.equal(found.parts["bias"], p["bias"].to(wide) * 0.5)
+    assert (told[0].rank, told[0].error) == (0, 0)
+    half = combine([a], [0.5], rank).layers["x"].parts  # a half of any type is exact
+    assert {part: (t.dtype, (t * 2).tolist()) for part, t in half.items()} == {
+        part: (dtype, t.tolist()) for part, t in p.items()
+    }
+    assert combine([a, c], [1, 0], rank).layers == a.layers
+    assert combine([a], [1], rank, dtype=wide).layers["x"].parts["bias"].dtype == wide
+    assert not combine([a, a], [1, -1], rank).layers["x"].parts["weight"].any()
+    assert not combine([a], [0], rank).layers["x"].parts["weight"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_rounding_of_narrow_differences_is_part_of_the_error(dtype: torch.dtype) -> None:
+    a, b = (adapter(x=difference(seed=seed, weight=(50, 40))) for seed in (0, 1))
+    p, q = (x.layers["x"].parts["weight"].double() for x in (a, b))
+    told: list[LayerResult] = []
+    made = combine([a, b], [0.3, 0.7], dtype=dtype, told=told.append).layers["x"].parts["weight"]
+    asked = 0.3 * p + 0.7 * q
+    assert made.dtype == dtype
+    assert told[0].error == pytest.approx(relative(made.double(), asked), rel=1e-2)
+    assert told[0].error > 0
+    combine([a, a, a], [0.3, 0.7, -1], dtype=dtype, told=told.append)
+    assert told[1].error < 1e-6
+
+
+def test_what_is_no_difference_alone_is_passed_on_or_refused() -> None:
+    a, plain = adapter(x=difference()), adapter(x=make_layer())
+    values = adapter(x=replace(difference(), kind="values"))
+    assert combine([values], [1], dtype=torch.float16) == values
     assert resize(a, rank=1) == a
-    with pytest.raises(UnsupportedLayerError, match="but 'x' is of the kind 'difference'"):
-        combine([a, a], [1, 1])
+    for act, kind in (
+        (lambda: combine([values], [0.5]), "values"),
+        (lambda: combine([values, a], [1, 1]), "values"),
+        (lambda: combine([a, plain], [1, 1]), "difference"),
+        (lambda: combine([plain, a], [1, 1]), "difference"),
+        (lambda: combine([a], [1], 1, method="ties", density=0.5), "difference"),
+    ):
+        message = f"^A layer must be a plain product .* but 'x' is of the kind '{kind}'. Merge the"
+        with pytest.raises(UnsupportedLayerError, match=message):
+            act()
+    with pytest.raises(MismatchError, match=(
+        r"^Adapters must be for the same layers, but 'x' is of the kind 'difference' with weight"
+        r" \(7,\), bias \(7,\) in one and of the kind 'difference' with weight \(6,\) in another\."
+        r" Combine adapters of one model\.$"
+    )):  # fmt: skip
+        combine([a, adapter(x=difference(weight=(6,)))], [1, 1])
+    with pytest.raises(ConfigError, match="^`dtype` must hold .* 'x' overflows torch.float16. Cho"):
+        combine([a], [1e6], dtype=torch.float16)
 
 
 @pytest.mark.parametrize(

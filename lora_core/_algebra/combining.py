@@ -47,7 +47,9 @@ def combine(
     - "dare": entries are dropped at random, the others divided by `density`; then the sum.
     - "magnitude_prune": of each update the largest entries stay; then the sum.
 
-    Biases are summed as the updates are. DoRA is no sum: such a layer is passed on, or refused.
+    Biases are summed as the updates are, and so are layers that are whole differences, as LyCORIS
+    has them of norms: with method "sum", and whatever `rank` is. DoRA, and values in place of the
+    base's, are no sums: such a layer is passed on, or refused.
 
     Args:
         adapters: Adapters of one model; layers that only some of them have are summed over those.
@@ -56,7 +58,8 @@ def combine(
         method: One of the names above.
         density: The share of entries that stays, in (0, 1]; for the methods other than "sum".
         seed: Decides what "dare" drops; each layer draws by its own name.
-        dtype: Type of the factors; None means the widest that a layer's factors have.
+        dtype: Type of the result; None means the widest that a layer's factors have, or its parts
+            where it is a whole difference.
         name: The result's name; None means that of the adapters if they share one, else
             "combined".
         told: Told of each layer's rank and relative error; see `LayerResult`.
@@ -68,8 +71,9 @@ def combine(
         ConfigError: If a setting is out of range, or a layer's numbers overflow its type.
         MismatchError: If the adapters are for different kinds or sizes of a layer, or spell the
             modules' names differently.
-        UnsupportedLayerError: If a layer has DoRA, or is no product of factors, and isn't alone at
-            weight 1.
+        UnsupportedLayerError: If a layer has DoRA or values in place of the base's and isn't alone
+            at weight 1, is factors in one adapter and a whole difference in another, or is no
+            product of factors where `method` is not "sum".
 
     Reference:
         Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 2023.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -163,11 +163,16 @@ def compatible(name: str, layers: Sequence[AdapterLayer]) -> AdapterLayer:
         kinds = {first.kind, layer.kind}
         alike = len(kinds) == 1 or kinds <= _FLAT or kinds <= {"conv", "matrix"}
         if not alike or sizes(first) != sizes(layer) or _kernel(first) != _kernel(layer):
-            raise MismatchError(
-                f"Adapters must be for the same layers, but {name!r} is {_described(first)} in one"
-                f" and {_described(layer)} in another. Combine adapters of one model."
-            )
+            refuse_unlike(name, first, layer)
     return first
+
+
+def refuse_unlike(name: str, one: AdapterLayer, other: AdapterLayer) -> NoReturn:
+    """Raises, of two layers of one name that can't be for the same."""
+    raise MismatchError(
+        f"Adapters must be for the same layers, but {name!r} is {_described(one)} in one and"
+        f" {_described(other)} in another. Combine adapters of one model."
+    )
 
 
 def _described(layer: AdapterLayer) -> str:

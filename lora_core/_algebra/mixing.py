@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from lora_core._algebra.layers import (
     matrices,
     rebuilt,
     refuse_nonlinear,
+    refuse_unlike,
     scaled,
     sizes,
     unheard,
@@ -24,6 +26,7 @@ from lora_core._algebra.products import (
     Limit,
     dense_spectrum,
     distance,
+    over,
     spectrum,
     subspace_rank,
 )
@@ -48,15 +51,18 @@ def summed(
         name: The layer's name.
         parts: At least one.
         limit: The highest rank; None keeps all.
-        dtype: Type of the factors; None means the widest there is.
+        dtype: Type of the result; None means the widest there is.
 
     Raises:
         MismatchError: If they are for different kinds or sizes of a layer.
-        UnsupportedLayerError: If one is no product of factors and must be added to, or multiplied.
+        UnsupportedLayerError: If one is no product of factors and must be added to, or multiplied,
+            unless all are whole differences.
     """
     alive = [part for part in parts if part.weight] or parts[:1]
     if len(alive) == 1 and alive[0].weight == 1 and _fits(alive[0].layer, limit, dtype):
         return alive[0].layer, 0.0
+    if all(layer.kind == "difference" for layer, _ in alive):
+        return _whole_sum(name, alive, dtype)
     for layer, _ in alive:
         refuse_nonlinear(name, layer, "combined")
     like = compatible(name, [layer for layer, _ in alive])
@@ -85,9 +91,34 @@ def summed(
 def _fits(layer: AdapterLayer, limit: Limit | None, dtype: torch.dtype | None) -> bool:
     """Whether a layer may stay as it is."""
     if layer.config is None:
-        return True
+        is_value = layer.kind != "difference"  # of the base's own type
+        return is_value or all(dtype in (None, part.dtype) for part in layer.parts.values())
     kept = limit is None or layer.config.rank <= (limit.rank or 0)
     return kept and dtype in (None, layer.config.dtype)
+
+
+def _whole_sum(
+    name: str, parts: Sequence[Part], dtype: torch.dtype | None
+) -> tuple[AdapterLayer, float]:
+    """The weighted sum of whole differences, and its relative error; a part one lacks is zero."""
+    first, *others = (layer for layer, _ in parts)
+    for layer in others:
+        both = first.parts.keys() & layer.parts.keys()
+        if any(first.parts[part].shape != layer.parts[part].shape for part in both):
+            refuse_unlike(name, first, layer)
+    held = [tensor.dtype for layer, _ in parts for tensor in layer.parts.values()]
+    dtype = reduce(torch.promote_types, held) if dtype is None else dtype
+    made: dict[str, Tensor] = {}
+    error = 0.0
+    for part in dict.fromkeys(part for layer, _ in parts for part in layer.parts):
+        terms = [widened(x.parts[part]) * weight for x, weight in parts if part in x.parts]
+        asked = torch.stack(terms).sum(0)
+        made[part] = asked.to(dtype)
+        if dtype.itemsize < 4:
+            gap, norm = (float(t.double().norm()) for t in (asked - made[part], asked))
+            longest = max(float(term.double().norm()) for term in terms)
+            error = max(error, over(gap, norm, longest, asked.dtype))
+    return replace(first, parts=made), error
 
 
 def _multiplied(layer: AdapterLayer, weight: float, bias: Tensor | None) -> AdapterLayer:

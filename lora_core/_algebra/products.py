@@ -84,6 +84,12 @@ def _rounding(terms: float, dtype: torch.dtype) -> float:
     return _NOISE * torch.finfo(dtype).eps * terms
 
 
+def over(gap: float, norm: float, terms: float, dtype: torch.dtype) -> float:
+    """The norm of what is lost over that of a sum, or of its terms where these cancel."""
+    whole = terms if norm < _rounding(terms, dtype) else norm
+    return gap / whole if whole else 0.0 if not gap else math.inf
+
+
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The exact SVD; NaN of a matrix that is not finite, of which LAPACK makes an error."""
     if is_finite(matrix):
@@ -194,10 +200,7 @@ def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     """
     (A, B), (other_A, other_B) = one, other
     gap = product_norm(torch.cat([A, other_A], dim=-2), torch.cat([B, -other_B], dim=-1))
-    norm, terms = product_norm(A, B), terms_norm(A, B)
-    if norm < _rounding(terms, A.dtype):
-        norm = terms
-    return gap / norm if norm else 0.0 if not gap else math.inf
+    return over(gap, product_norm(A, B), terms_norm(A, B), A.dtype)
 
 
 class Limit(NamedTuple):
