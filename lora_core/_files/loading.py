@@ -17,7 +17,7 @@ from lora_core._formats import Adapter, AdapterLayer, read
 from lora_core._formats.loralib import Enabled
 from lora_core._formats.neutral import part_of
 from lora_core._injection import Candidate, Graft, graft, modules_of, regraft, walk
-from lora_core._injection.planning import describe
+from lora_core._injection.planning import describe, parameters_of
 from lora_core._layers import mixin_of, peek, refuse_pinned, reserved, sizes
 from lora_core._reports import Report, count
 
@@ -136,6 +136,7 @@ def load(
         freeze=True,
         notes=tuple(notes),
         replaced=replace,
+        alphas_from=[file.layers[n].alpha_from for n in found],
     )
     modules = modules_of(candidates)
     refuse_pinned("load", modules)
@@ -143,14 +144,9 @@ def load(
         regraft(modules, name, grafts, strength)
     else:
         graft(modules, name, grafts, 1.0 if strength is None else strength, others=False)
-    every = list(host.parameters())
-    layers = [
-        dataclasses.replace(layer, alpha_from=file.layers[n].alpha_from)
-        for n, layer in zip(found, report.layers, strict=True)
-    ]
+    every = parameters_of(host.modules())
     return dataclasses.replace(
         report,
-        layers=tuple(layers),
         trainable=count([p for p in every if p.requires_grad]),
         total=count(every),
         metadata=file.metadata,

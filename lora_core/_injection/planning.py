@@ -1,6 +1,6 @@
 """The pure half of injection: from a model and the user's wishes to a list of layers."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -156,6 +156,7 @@ def describe(
     freeze: bool,
     notes: tuple[str, ...] = (),
     replaced: bool = False,
+    alphas_from: Sequence[str] = (),
 ) -> Report:
     """The report for these layers of all; raises if the name is taken, or one is merged.
 
@@ -170,16 +171,24 @@ def describe(
             config,
             c.names[1:],
             part_shapes(c.module, config),
+            source,
         )
-        for c, config in zip(chosen, configs, strict=True)
+        for c, config, source in zip(
+            chosen, configs, alphas_from or [""] * len(chosen), strict=True
+        )
     )
     added = sum(layer.parameters for layer in layers)
     trainable = sum(layer.trainable for layer in layers)
-    # by their ids: a tensor's own hash is a call each
-    every = (p for m in modules_of(candidates) for p in m._parameters.values() if p is not None)
-    before = list({id(p): p for p in every}.values())
+    before = parameters_of(modules_of(candidates))
     training = 0 if freeze else count([p for p in before if p.requires_grad])
     return Report(name, layers, left_out, training + trainable, count(before) + added, notes)
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of these modules, each once; those of their children only with them."""
+    # by their ids: a tensor's own hash is a call each
+    every = (p for m in modules for p in m._parameters.values() if p is not None)
+    return list({id(p): p for p in every}.values())
 
 
 def check_room(
