@@ -96,6 +96,17 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         _cli.main(["demo", "--debug"])
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_one_that_nobody_reads(
+    stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_core.demo, "tell", raising(LoRAError("inside")))
+    for words, code in (["completion", "bash"], 0), (["demo"], 1):
+        monkeypatch.setattr(sys, stream, None)
+        assert _cli.main(words) == code
+        getattr(sys, stream).close()
+
+
 def test_an_interrupt_exits_with_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

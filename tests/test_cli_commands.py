@@ -23,6 +23,7 @@ from lora_core._algebra.methods import METHODS
 from lora_core._cli import arguments
 from lora_core._cli.answers import Answer, show, visible
 from lora_core._cli.comparing import compare, difference_of
+from lora_core._cli.parsing import parser
 from lora_core._cli.progress import Results, progress
 from lora_core._config import AdapterConfig
 from lora_core._errors import MismatchError
@@ -298,7 +299,9 @@ def test_a_pickle_is_refused_with_the_option_that_allows_it(run: Run) -> None:
 def test_what_a_file_needs_is_named_as_an_option(run: Run) -> None:
     err = run("inspect", LORALIB, "--allow-pickle", "--enable-lora", "101")[2]
     assert err.startswith("lora-core: error: `alpha` must be given for ")
-    assert " Pass --alpha, a number or a dict by module, as it was trained.\n" in err
+    assert err.endswith(
+        " Pass --alpha A, or --alpha MODULE=A for each module, as it was trained.\n"
+    )
     err = run("inspect", LORALIB, "--allow-pickle", "--alpha", "8")[2]
     assert " Pass --enable-lora, as it was trained.\n" in err
 
@@ -1073,6 +1076,30 @@ def test_choices_are_the_librarys(ours: tuple[str, ...], theirs: tuple[str, ...]
 def test_advice_is_in_the_words_of_the_command(message: str, said: str) -> None:
     args = argparse.Namespace(force=False, only=None, alpha=None, to=None, rank=None)
     assert _cli._with_options(message, args) == said
+
+
+def test_the_dotted_names_that_a_format_needs_come_from_the_base(tmp_path: Path, run: Run) -> None:
+    code, _, err = run("convert", KOHYA, tmp_path / "a", "--to", "peft")
+    assert code == 1
+    assert err.startswith("lora-core: error: A module must be known by its dotted name to be writt")
+    assert err.endswith(" is known by a stem alone. Pass --base with its model.\n")
+    assert run("convert", KOHYA, tmp_path / "d", "--to", "diffusers", *BASES)[0] == 0
+    code, _, err = run("combine", KOHYA, tmp_path / "d", tmp_path / "b")
+    assert code == 1
+    assert err.endswith(". Pass --base with their model.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "value"),
+    [
+        (["combine", "a", "b", "c", "--weights", "1", "-1e-3"], "weights", [1.0, -0.001]),
+        (["combine", "a", "b", "c", "--weights", "-.5E+1", "-2."], "weights", [-5.0, -2.0]),
+        (["merge", "a", "b", "c", "--strength", "-1e-1"], "strength", -0.1),
+        (["inspect", "a", "--alpha", "-1e1"], "alpha", [("", -10.0)]),
+    ],
+)
+def test_negative_numbers_may_have_an_exponent(words: list[str], option: str, value: Any) -> None:
+    assert getattr(parser().parse_args(words), option) == value
 
 
 def test_a_number_that_is_not_finite_is_null(capsys: pytest.CaptureFixture[str]) -> None:

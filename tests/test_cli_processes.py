@@ -132,6 +132,17 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert (process.returncode, err) == (141, "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell")
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_stream_that_is_closed_from_the_start_is_no_error(stream: int) -> None:
+    words = [*PROGRAM, "inspect", str(PEFT)]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {stream}>&-', "sh", *words], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("rank" in done.stdout) == (stream == 2)
+
+
 def test_names_that_the_terminal_can_not_show_are_spelled_out(tmp_path: Path) -> None:
     shutil.copytree(PEFT, tmp_path / "é")
     done = subprocess.run(

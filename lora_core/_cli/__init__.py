@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from lora_core._cli.answers import show, visible
 from lora_core._cli.exits import BROKEN_PIPE, ERROR, FAULT, INTERRUPTED
@@ -19,6 +20,19 @@ from lora_core._errors import LoRAError
 
 # what a message calls a parameter of the library, where the option has another name
 _OPTIONS = {"format": "to"}
+# advice that the command line can follow in a shorter way, by the option that it takes
+_ADVICE = {
+    "bases": [
+        ("Load it into its model, and save that.", "Pass --base with its model."),
+        ("Load each into the model and save it again.", "Pass --base with their model."),
+    ],
+    "alpha": [
+        (
+            "Pass alpha=, a number or a dict by module, as it was trained.",
+            "Pass --alpha A, or --alpha MODULE=A for each module, as it was trained.",
+        )
+    ],
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: With code 2 if the words make no command, 0 after ``--help`` or ``--version``.
         BaseException: Whatever a command raises, if ``--debug`` is among the words.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started this closed it, and reads nothing
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     args = parser().parse_args(argv)
     try:
         with _warnings_told():
@@ -95,6 +112,9 @@ def _with_options(sentence: str, args: argparse.Namespace) -> str:
         plain = found["value"] in (None, "True") or found["value"].startswith("{")
         return word if plain else f"{word} {found['value']}"
 
+    for name, pairs in _ADVICE.items():
+        for theirs, ours in pairs if hasattr(args, name) else ():
+            sentence = sentence.replace(theirs, ours)
     value = r"(?P<value>[A-Za-z0-9_.]+|'[^']*'|\{[^}]*\})?"
     quoted = r"(?<!\w)(?P<quoted>'[^']*')"  # a path may look like anything
     return re.sub(rf"{quoted}|(?<![\w.\[])(?P<name>[a-z_]+)=(?!=){value}", option, sentence)

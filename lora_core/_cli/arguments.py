@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 METHODS = ("sum", "ties", "dare", "magnitude_prune")
 SVDS = ("auto", "exact", "randomised")
 FAMILIES = ("sd_v1", "sd_v2", "sd_v2_v", "sdxl_base_v1-0")
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
 
 class Plain(argparse.RawDescriptionHelpFormatter):
@@ -30,6 +32,11 @@ class Plain(argparse.RawDescriptionHelpFormatter):
         if text.startswith(EXITS):
             return text
         return textwrap.fill(" ".join(text.split()), width, initial_indent=indent)
+
+
+def with_negatives(parser: argparse.ArgumentParser) -> None:
+    """Lets values be negative numbers with an exponent, which argparse takes for options."""
+    parser._negative_number_matcher = _NEGATIVE
 
 
 def command(
@@ -55,6 +62,7 @@ def command(
         formatter_class=Plain,
         allow_abbrev=False,
     )
+    with_negatives(parser)
     parser.set_defaults(run=run)
     common = parser.add_argument_group("in every command")
     common.add_argument(

@@ -15,7 +15,7 @@ from lora_core._cli import (
     planning,
     resizing,
 )
-from lora_core._cli.arguments import EXITS, Plain
+from lora_core._cli.arguments import EXITS, Plain, with_negatives
 from lora_core._cli.exits import MEANINGS
 
 _COMMANDS = (
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=Plain,
         allow_abbrev=False,
     )
+    with_negatives(whole)
     whole.add_argument("--version", action="version", version=f"lora-core {__version__}")
     commands = whole.add_subparsers(
         required=True, metavar="COMMAND", dest="command", title="commands"
