@@ -846,14 +846,94 @@ def test_biases_and_lengths_are_compared_too() -> None:
     assert difference_of(rows, longer)[0] == pytest.approx(0.5)
 
 
-def test_a_whole_difference_is_compared_with_factors() -> None:
+def shaped(kind: str, a: tuple[int, ...], b: tuple[int, ...], **settings: Any) -> AdapterLayer:
+    config = AdapterConfig(2, 3.0, 0.0, torch.float32, **settings)
+    parts = {"lora_A": torch.randn(a), "lora_B": torch.randn(b)}
+    return AdapterLayer(kind, config, parts)
+
+
+@pytest.mark.parametrize(
+    ("factors", "shape", "turned"),
+    [
+        (shaped("linear", (2, 5), (6, 2)), (6, 5), False),
+        (shaped("matrix", (2, 5), (6, 2)), (5, 6), True),
+        (replace(shaped("linear", (2, 5), (5, 2)), transposed=True), (5, 5), True),
+        (shaped("embedding", (2, 9), (4, 2)), (9, 4), True),
+        (shaped("embedding", (2, 4), (4, 2)), (4, 4), True),
+        (shaped("conv", (2, 5, 3, 3), (6, 2, 1, 1)), (6, 5, 3, 3), False),
+        (shaped("weight", (3, 2, 5), (3, 6, 2)), (3, 6, 5), False),
+        (shaped("weight", (2, 5), (1, 2)), (5,), False),
+    ],
+)
+def test_a_whole_difference_is_compared_with_factors(
+    factors: AdapterLayer, shape: tuple[int, ...], turned: bool
+) -> None:
+    dense = delta(factors)
+    whole = AdapterLayer(
+        "difference", None, {"weight": (dense.mT if turned else dense).reshape(shape)}
+    )
+    for pair in ((factors, whole), (whole, factors)):
+        found, why = difference_of(*pair)
+        assert (found < 1e-6, why) == (True, "")
+    half = replace(whole, parts={"weight": whole.parts["weight"] / 2})
+    assert difference_of(factors, half)[0] == pytest.approx(0.5, rel=1e-5)
+    found = compare(Adapter("a", {"x": factors}), Adapter("b", {"x": whole}), lambda *_: None)
+    assert found.is_same(1e-5)
+    assert [(x.name, x.other) for x in found.layers] == [("x", "x")]
+
+
+def test_what_factors_can_not_be_compared_with_is_said() -> None:
     one = layer()
-    whole = AdapterLayer("difference", None, {"weight": delta(one)})
-    assert difference_of(one, whole)[0] < 1e-6
-    assert difference_of(whole, whole) == (0.0, "")
     values = AdapterLayer("values", None, {"weight": delta(one)})
-    assert difference_of(one, values)[0] == float("inf")
+    assert difference_of(one, values) == (float("inf"), "LoRA in one, values in the other")
     assert difference_of(values, values) == (0.0, "")
+    whole = AdapterLayer("difference", None, {"weight": torch.zeros(3, 3)})
+    assert difference_of(whole, whole) == (0.0, "")
+    assert difference_of(whole, one) == (
+        float("inf"),
+        "{'weight': (3, 3)} in one, {'lora_A': (2, 5), 'lora_B': (6, 2)} in the other",
+    )
+    bias = AdapterLayer("difference", None, {"bias": torch.ones(6)})
+    assert difference_of(one, bias)[0] == 1
+    both = {"lora_bias": torch.ones(6), "lora_B": torch.zeros(6, 2)}
+    assert difference_of(replace(one, parts={**one.parts, **both}), bias) == (0.0, "")
+
+
+def test_a_bias_may_stand_apart_from_its_factors() -> None:
+    one = layer(lora_bias=torch.arange(6.0))
+    bias = AdapterLayer("difference", None, {"bias": torch.arange(6.0)}, path="x")
+    factors = {part: t for part, t in one.parts.items() if part != "lora_bias"}
+    apart = {"x": replace(one, parts=factors), "x.bias": bias}
+    step: Callable[..., None] = lambda *_: None  # noqa: E731
+    together = Adapter("a", {"x": one})
+    found = compare(together, Adapter("b", apart), step)
+    assert [(x.name, x.other, x.difference) for x in found.layers] == [("x", "x", 0.0)]
+    assert found.is_same(0)
+    zero = replace(bias, parts={"bias": torch.zeros(6)})
+    found = compare(together, Adapter("b", {"x": one, "x.bias": zero}), step)
+    assert found.is_same(0)
+    assert not compare(together, Adapter("b", {"x": one, "x.bias": bias}), step).is_same(0.1)
+    more = replace(bias, parts={"weight": torch.ones(6, 5)})
+    found = compare(together, Adapter("b", {"x": one, "x.weight": more}), step)
+    assert found.layers[0].why == "LoRA, bias in one, LoRA, bias and difference in the other"
+    assert not found.is_same(1)
+    assert found.alone == ({}, {})
+
+
+def test_names_that_agree_get_no_hint_of_other_names(tmp_path: Path, run: Run) -> None:
+    one, stem = layer(), "lora_unet_a_b"
+    factors = {
+        f"{stem}.lora_{n}.weight": one.parts[p] for n, p in (("down", "lora_A"), ("up", "lora_B"))
+    }
+    factors[f"{stem}.alpha"] = torch.tensor(3.0)
+    safetensors.torch.save_file(factors, tmp_path / "a")
+    for name, whole in (("b", delta(one)), ("c", torch.ones(3, 3))):
+        safetensors.torch.save_file({f"{stem}.diff": whole}, tmp_path / name)
+    assert run("diff", tmp_path / "a", tmp_path / "b")[0] == 0
+    code, out, _ = run("diff", tmp_path / "a", tmp_path / "c")
+    assert code == 3
+    assert "(2, 5), 'lora_B': (6, 2)} in one, {'weight': (3, 3)} in the other" in out
+    assert "--base" not in out
 
 
 def test_names_that_may_be_either_are_refused() -> None:
@@ -864,10 +944,22 @@ def test_names_that_may_be_either_are_refused() -> None:
         compare(one, Adapter("b", stems), lambda done, total: None)
 
 
-def test_files_with_no_name_in_common_get_a_hint(run: Run) -> None:
+def test_files_with_no_name_in_common_get_a_hint(tmp_path: Path, run: Run) -> None:
     code, out, _ = run("diff", PEFT, KOHYA)
     assert code == 3
-    assert "\nno layer has the same name in both: " in out
+    assert (
+        "\nwhat only one has may be the other's under a name as another program spells it: pass"
+        " --base with the model of both\n"
+    ) in out
+    base = {f"{name}.weight": torch.zeros(3) for name in ("a", "b")}
+    safetensors.torch.save_file(base, tmp_path / "base")
+    for name in ("a", "b"):
+        whole = {f"lora_unet_{name}.diff": torch.ones(3)}
+        safetensors.torch.save_file(whole, tmp_path / name)
+    two = (tmp_path / "a", tmp_path / "b")
+    for words, hinted in ((), True), (("--base", f"unet={tmp_path / 'base'}"), False):
+        code, out, _ = run("diff", *two, *words)
+        assert (code, "--base" in out) == (3, hinted)
 
 
 # plan

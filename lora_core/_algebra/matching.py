@@ -8,7 +8,17 @@ from lora_core._formats import Adapter
 from lora_core._formats.spelling import TEXT_MODEL, Place, places_of
 
 
-def names_of(one: Adapter, other: Adapter) -> "tuple[_Names, _Names]":
+class Key(NamedTuple):
+    """What a layer is for, as far as both adapters say it: factors, or a whole difference."""
+
+    place: Place
+    whole: bool
+
+
+Names = dict[Key, str]
+
+
+def names_of(one: Adapter, other: Adapter) -> tuple[Names, Names]:
     """The layers of each by what they mean, as far as both say it: what one module is is one key.
 
     Raises:
@@ -41,19 +51,9 @@ def check_names(adapters: Sequence[Adapter]) -> None:
             )
 
 
-class _Key(NamedTuple):
-    """What a layer is for, as far as both adapters say it: factors, or a whole difference."""
-
-    place: Place
-    whole: bool
-
-
-_Names = dict[_Key, str]
-
-
-def _paired(adapter: Adapter) -> _Names:
+def _paired(adapter: Adapter) -> Names:
     return _unique(
-        (_Key(place._replace(path=_unwrapped(place)), adapter.layers[name].config is None), name)
+        (Key(place._replace(path=_unwrapped(place)), adapter.layers[name].config is None), name)
         for name, place in places_of(adapter.layers).items()
     )
 
@@ -63,21 +63,21 @@ def _unwrapped(place: Place) -> str:
     return place.path.removeprefix(TEXT_MODEL.replace(".", "_") if stem else TEXT_MODEL)
 
 
-def _has_parts(names: _Names) -> bool:
+def _has_parts(names: Names) -> bool:
     return all(key.place.component for key in names)
 
 
-def _is_dotted(names: _Names) -> bool:
+def _is_dotted(names: Names) -> bool:
     return all(key.place.spelling == "dotted" for key in names)
 
 
-def _without_parts(names: _Names) -> _Names:
+def _without_parts(names: Names) -> Names:
     return _unique(
         (key._replace(place=key.place._replace(component="")), name) for key, name in names.items()
     )
 
 
-def _as_stems(names: _Names) -> _Names:
+def _as_stems(names: Names) -> Names:
     return _unique((key._replace(place=_stem(key.place)), name) for key, name in names.items())
 
 
@@ -86,8 +86,8 @@ def _stem(place: Place) -> Place:
     return place._replace(path=place.stem, spelling="stem") if dotted else place
 
 
-def _unique(pairs: Iterable[tuple[_Key, str]]) -> _Names:
-    found: _Names = {}
+def _unique(pairs: Iterable[tuple[Key, str]]) -> Names:
+    found: Names = {}
     for key, name in pairs:
         if key in found:
             raise MismatchError(

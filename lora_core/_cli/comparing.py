@@ -1,18 +1,26 @@
-"""Whether two adapters are the same function, layer by layer and without dense matrices."""
+"""Whether two adapters are the same function, layer by layer.
+
+Dense matrices are made of factors only where the other adapter has a whole difference.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_core._algebra.layers import scaled, widened
-from lora_core._algebra.matching import names_of
+from lora_core._algebra.matching import Names, names_of
 from lora_core._algebra.products import product_norm
 from lora_core._cli.measures import form_of, norm_of, one_thread, parts_of
 from lora_core._cli.progress import Step
+from lora_core._errors import MismatchError
 from lora_core._formats import Adapter, AdapterLayer
+from lora_core._formats.deltas import dense_delta
+from lora_core._formats.spelling import Place
+
+_Held = dict[bool, str]  # the layers of one module, by whether they are whole differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +28,7 @@ class Compared:
     """A layer that both adapters have.
 
     Attributes:
-        name: Its name in the first.
+        name: Its name in the first, or that of its factors where a bias stands apart.
         other: Its name in the second.
         difference: The norm of what their updates differ by over the norm of the larger; for what
             is beside the factors likewise, and of all that the largest. Infinite where they can't
@@ -64,19 +72,64 @@ def compare(one: Adapter, other: Adapter, step: Step) -> Comparison:
     Raises:
         MismatchError: If names in one of them mean several layers.
     """
-    mine, theirs = names_of(one, other)
-    pairs = [(mine[key], theirs[key]) for key in mine if key in theirs]
+    mine, theirs = map(_by_place, names_of(one, other))
+    pairs = [
+        pair for place in mine if place in theirs for pair in _pairs(mine[place], theirs[place])
+    ]
     layers = []
     with one_thread():
-        for done, (name, there) in enumerate(pairs, 1):
-            difference, why = difference_of(one.layers[name], other.layers[there])
-            layers.append(Compared(name, there, difference, why))
+        for done, (names, there) in enumerate(pairs, 1):
+            difference, why = _apart(
+                [one.layers[name] for name in names], [other.layers[name] for name in there]
+            )
+            layers.append(Compared(names[0], there[0], difference, why))
             step(done, len(pairs))
-    alone = (
-        {name: _weight(one.layers[name]) for key, name in mine.items() if key not in theirs},
-        {name: _weight(other.layers[name]) for key, name in theirs.items() if key not in mine},
-    )
+    alone = _alone(one, mine, theirs), _alone(other, theirs, mine)
     return Comparison(layers, alone)
+
+
+def _by_place(names: Names) -> dict[Place, _Held]:
+    found: dict[Place, _Held] = {}
+    for key, name in names.items():
+        found.setdefault(key.place, {})[key.whole] = name
+    return found
+
+
+def _pairs(mine: _Held, theirs: _Held) -> list[tuple[list[str], list[str]]]:
+    """What to compare of one module: like with like, or all that one has with all of the other."""
+    if mine.keys() == theirs.keys():
+        return [([mine[whole]], [theirs[whole]]) for whole in mine]
+    one, other = ([held[whole] for whole in sorted(held)] for held in (mine, theirs))
+    return [(one, other)]
+
+
+def _alone(
+    adapter: Adapter, mine: Mapping[Place, _Held], theirs: Mapping[Place, _Held]
+) -> dict[str, float]:
+    lonely = [name for place, held in mine.items() if place not in theirs for name in held.values()]
+    return {name: _weight(adapter.layers[name]) for name in lonely}
+
+
+def _apart(one: Sequence[AdapterLayer], other: Sequence[AdapterLayer]) -> tuple[float, str]:
+    """As `difference_of`, of the layers of one module, factors first."""
+    mine, theirs = _joined(one), _joined(other)
+    if mine is None or theirs is None:
+        forms = [" and ".join(map(form_of, side)) for side in (one, other)]
+        return math.inf, f"{forms[0]} in one, {forms[1]} in the other"
+    return difference_of(mine, theirs)
+
+
+def _joined(layers: Sequence[AdapterLayer]) -> AdapterLayer | None:
+    """Factors and a bias that stands apart, as one layer; None of what is more than that."""
+    if len(layers) == 1:
+        return layers[0]
+    factors, whole = layers
+    if whole.kind != "difference" or set(whole.parts) != {"bias"}:
+        return None
+    bias = widened(whole.parts["bias"])
+    if "lora_bias" in factors.parts:
+        bias = bias + factors.parts["lora_bias"]
+    return replace(factors, parts={**factors.parts, "lora_bias": bias})
 
 
 def difference_of(one: AdapterLayer, other: AdapterLayer) -> tuple[float, str]:
@@ -95,8 +148,13 @@ def difference_of(one: AdapterLayer, other: AdapterLayer) -> tuple[float, str]:
         parts = parts_of(one), parts_of(other)
     elif one.config is None and other.config is None:
         parts = one.parts, other.parts
-    else:  # a whole difference is dense as it is stored
-        parts = _dense(one), _dense(other)
+    else:
+        weights = [side.parts.get("weight") for side in (one, other) if side.config is None]
+        try:
+            parts = _dense(one, weights[0]), _dense(other, weights[0])
+        except MismatchError:
+            shapes = [{n: tuple(t.shape) for n, t in x.parts.items()} for x in (one, other)]
+            return math.inf, f"{shapes[0]} in one, {shapes[1]} in the other"
     for part in sorted(parts[0].keys() | parts[1].keys()):
         pair = [side.get(part) for side in parts]
         mine_, theirs_ = (
@@ -104,8 +162,8 @@ def difference_of(one: AdapterLayer, other: AdapterLayer) -> tuple[float, str]:
             for t in pair
         )
         if mine_.numel() != theirs_.numel():
-            shapes = tuple(mine_.shape), tuple(theirs_.shape)
-            return math.inf, f"{part} {shapes[0]} in one, {shapes[1]} in the other"
+            found = f"{tuple(mine_.shape)} in one, {tuple(theirs_.shape)} in the other"
+            return math.inf, f"{part} {found}"
         gaps.append(_relative(*(widened(t).double().flatten() for t in (mine_, theirs_))))
     return max(gaps, default=0.0), ""
 
@@ -128,12 +186,25 @@ def _over(gap: float, one: float, other: float) -> float:
     return gap / largest if largest else 0.0
 
 
-def _dense(layer: AdapterLayer) -> dict[str, Tensor]:
+def _dense(layer: AdapterLayer, like: Tensor | None) -> Mapping[str, Tensor]:
+    """What a layer adds, in the layout of a whole difference of the weight; none is of zeros.
+
+    Raises:
+        MismatchError: If factors are for a weight of another shape.
+    """
     if layer.config is None:
-        return dict(layer.parts)
-    lora_A, lora_B = scaled(layer)
-    bias = layer.parts.get("lora_bias")
-    return {"weight": lora_B @ lora_A} | ({} if bias is None else {"bias": bias})
+        return layer.parts
+    found = {part.removeprefix("lora_"): t for part, t in parts_of(layer).items()}
+    if like is None:
+        norm = product_norm(*(factor.double() for factor in scaled(layer)))
+        return {"weight": torch.tensor([norm]), **found}
+    sizes = layer.parts["lora_B"].shape[0], layer.parts["lora_A"].shape[-1]
+    # stored (in, out), as GPT-2's; of a square one the file must say so
+    turned = layer.kind in ("linear", "matrix") and like.shape == sizes[::-1] != sizes
+    zeros = torch.zeros((), dtype=torch.float64).expand(like.shape)
+    kind = "weight" if like.ndim == 1 else ""  # a vector is a row
+    weight = dense_delta("", layer, zeros, kind=kind, transposed=turned or None)
+    return {"weight": weight, **found}
 
 
 def _weight(layer: AdapterLayer) -> float:

@@ -78,11 +78,10 @@ def _text(found: "Comparison", args: argparse.Namespace, *, same: bool) -> str:
             lines.append(f"only in {file}: {len(alone)} layers")
             lines += [f"  {name}  norm {norm:.4g}" for name, norm in list(alone.items())[:_SHOWN]]
             lines += _rest(len(alone))
-    if all(found.alone):
-        few = "layers that only one has may be" if layers else "no layer has the same name in both:"
+    if all(found.alone) and not args.bases:
         lines.append(
-            f"{few} the same under other names, as another program spells them (with underscores,"
-            " or as LDM's): give the base model of both, --base"
+            "what only one has may be the other's under a name as another program spells it: pass"
+            " --base with the model of both"
         )
     verdict = "the same function" if same else "not the same function"
     lines.append(
