@@ -636,7 +636,7 @@ def test_magnitude_prune_sums_what_is_left_of_each() -> None:
 @pytest.mark.parametrize("form", ["linear", "tucker", "experts", "embedding"])
 def test_a_method_that_drops_nothing_of_one_adapter_is_the_sum(method: str, form: str) -> None:
     a = family_of(1, form)
-    found = combine(a, [0.7], FULL, method=method, density=1.0)  # type: ignore[arg-type]
+    found = combine(a, [0.7], FULL, method=method, density=1)  # type: ignore[arg-type]
     assert_close(delta(found.layers["x"]), 0.7 * delta(a[0].layers["x"]), rtol=1e-4, atol=1e-4)
 
 

@@ -121,7 +121,8 @@ def spectrum(lora_A: Tensor, lora_B: Tensor) -> Spectrum:
     left, upper = torch.linalg.qr(lora_B)
     right, lower = torch.linalg.qr(lora_A.mT)
     U, S, Vh = _decomposed(upper @ lower.mT)
-    return Spectrum(left @ U, S, Vh @ right.mT, terms=terms_norm(lora_A, lora_B))
+    # the triangles' columns are as long as those of the factors
+    return Spectrum(left @ U, S, Vh @ right.mT, terms=terms_norm(lower.mT, upper))
 
 
 def dense_spectrum(
