@@ -37,6 +37,9 @@ class Product(NamedTuple):
 
     def new(self) -> tuple[Tensor, Tensor]:
         """The sum as a new tensor, rounded once, and the sum of its numbers."""
+        if self.weight.dtype in _WIDE and len(_cuts(self.weight)) == 1:
+            new = torch.addmm(self.weight, self.lora_B, self.lora_A)
+            return new, new.sum()
         new, sums, room = torch.empty_like(self.weight), [], self.room()
         for old, piece, up in self._pieces(self.weight, new):
             _add(old, up, self.lora_A, piece, room)
@@ -55,6 +58,8 @@ class Product(NamedTuple):
 
     def _pieces(self, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
         cuts = _cuts(self.weight)
+        if len(cuts) == 1:
+            return iter([(*more, self.lora_B)])
         return zip(*(torch.split(t, cuts) for t in (*more, self.lora_B)), strict=True)
 
 
@@ -86,7 +91,9 @@ def product_of(layer: LoRAMixin) -> Product | None:
 
 def _add(old: Tensor, lora_B: Tensor, lora_A: Tensor, out: Tensor, room: Tensor) -> None:
     """Writes ``old + lora_B @ lora_A`` to `out`, at once."""
-    if out.dtype in _WIDE:
+    if old is out and out.dtype in _WIDE:
+        out.addmm_(lora_B, lora_A)
+    elif out.dtype in _WIDE:
         torch.addmm(old, lora_B, lora_A, out=out)
     else:
         total = torch.mm(lora_B, lora_A, out=room[: len(out)])
