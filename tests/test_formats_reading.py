@@ -1076,3 +1076,16 @@ def test_pefts_copies_of_a_bias_are_one_and_the_bases_own_is_none(path: Path) ->
     store(folder, tensors | {f"{root}.head.modules_to_save.bias": bias + 1})
     with pytest.raises(CorruptFileError, match="two keys for the bias of 'head'"):
         read(path.parent)
+
+
+def test_a_float8_difference_is_noted_as_float8_factors_are(path: Path) -> None:
+    narrow = {"lycoris_q.diff": rand(4, 5).to(torch.float8_e4m3fn)}
+    adapter = read(store(path, narrow))
+    assert adapter.notes == ("read as float32, as float8 has no arithmetic: 'lycoris_q'",)
+    assert adapter.layers["lycoris_q"].parts["weight"].dtype == torch.float32
+
+
+def test_an_alpha_for_a_module_that_is_left_out_is_no_mistake(path: Path) -> None:
+    store(path, kohya(alpha=None) | {"lora_unet_b.lora_up.weight": rand(4, 2)})
+    adapter = read(path, alpha={KOHYA: 4, "lora_unet_b": 2}, strict=False)
+    assert only(adapter).settings.alpha == 4

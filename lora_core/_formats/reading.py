@@ -17,6 +17,7 @@ from lora_core._layers import non_finite
 
 _SCALE_ONE = "the format, whose scale is 1"
 _MISSING = "missing, and so the rank"
+_NARROW = "read as float32, as float8 has no arithmetic"
 
 
 def read(
@@ -52,13 +53,16 @@ def read(
         return _native(opened, alphas, merged)
     modules, wholes, notes = gathered(opened, strict=strict)
     layers, more = _layers(opened, modules, alphas, merged, strict=strict)
+    narrow = []
     for family, module in wholes:
         name = module.key.module
         if name in layers:
             name = f"{name}.{next(iter(module.parts))}"
         kind = "difference" if family == "difference" else "values"
         layers[name] = whole(module, kind, name, where)
-    notes += more
+        if any(tensor.dtype in FLOAT8 for tensor in module.parts.values()):
+            narrow.append(name)
+    notes += more + ([f"{_NARROW}: {listed(narrow)}"] if narrow else [])
     if not layers:
         raise UnsupportedFileError(
             f"{where!r} must hold LoRA, but none of its modules has a rank. {' '.join(notes)}"
@@ -118,6 +122,7 @@ def _layers(
                 parts |= {half: parts[half].T for half in ("down", "up")}
         if not (strict or {"down", "up"} <= parts.keys()):
             halved.append(f"{name} (only {', '.join(parts)})")
+            alphas.choose(name, None, (1.0, ""))  # one that is given for it is no mistake
             continue
         pair = paired(name, parts, where)
         settings = described.get(module.key.component)
@@ -197,7 +202,7 @@ def _notes(
         (zero, "alpha is 0, so that these add nothing (some programs read it as the rank)"),
         (empty, "left out, modules of rank 0"),
         (halved, "left out, modules without both factors"),
-        (narrow, "read as float32, as float8 has no arithmetic"),
+        (narrow, _NARROW),
         (unknown, "settings that this reader doesn't know"),
     )
     notes = [f"{what}: {listed(names)}" for names, what in said if names]
