@@ -104,9 +104,7 @@ def test_only_those_that_share_a_tensor_are_named(tmp_path: Path) -> None:
     base = {f"{n}.weight": torch.zeros(3, 2) for n in "xyz"}
     layers = {n: factors(2, 3) for n in "xyz"}
     layers["z.weight"] = whole("z", weight=torch.ones(3, 2))
-    with pytest.raises(
-        MismatchError, match="but 'z' has both, which are no low-rank update"
-    ):
+    with pytest.raises(MismatchError, match="but 'z' has both, which are no low-rank update"):
         merged(base, tmp_path, layers=layers)
 
 
