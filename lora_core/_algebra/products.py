@@ -67,7 +67,10 @@ class Spectrum(NamedTuple):
 
 def is_finite(values: Tensor) -> bool:
     """Whether all values are finite, in one pass and without a copy."""
-    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
+    # a sum is finite only of finite numbers; where it isn't, it may have overflowed
+    return math.isfinite(values.sum().item()) or all(
+        math.isfinite(end.item()) for end in values.aminmax()
+    )
 
 
 def terms_norm(lora_A: Tensor, lora_B: Tensor) -> float:
@@ -75,8 +78,8 @@ def terms_norm(lora_A: Tensor, lora_B: Tensor) -> float:
 
     Each is a column times a row; that of all is the root of the sum of their squares.
     """
-    each = lora_B.norm(dim=-2).double() * lora_A.norm(dim=-1).double()  # (..., R)
-    return float(each.norm())
+    columns, rows = (torch.linalg.vector_norm(t, dim=d) for t, d in ((lora_B, -2), (lora_A, -1)))
+    return float(torch.linalg.vector_norm(columns.double() * rows.double()))  # over (..., R)
 
 
 def _rounding(terms: float, dtype: torch.dtype) -> float:
