@@ -148,14 +148,14 @@ def _sides(
             beside[path] = layer
         else:
             both = [n for n in paths if paths[n] == path]
-            _refuse_shared(both, place_of(path, checkpoint.entries), checkpoint)
+            place = place_of(path, checkpoint.entries)
+            _refuse_shared(both, path if place is None else place.tensor, checkpoint)
     return layers, beside
 
 
-def _refuse_shared(names: Sequence[str], tensor: object, checkpoint: Checkpoint) -> NoReturn:
-    where = tensor.tensor if isinstance(tensor, Place) else tensor
+def _refuse_shared(names: Sequence[str], tensor: str, checkpoint: Checkpoint) -> NoReturn:
     raise MismatchError(
-        f"Each layer must have a tensor of its own, but {listed(names)} share {where!r} of"
+        f"Each layer must have a tensor of its own, but {listed(names)} share {tensor!r} of"
         f" {str(checkpoint.path)!r}. Merge them one after the other, or rename one."
     )
 

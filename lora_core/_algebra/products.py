@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_core._merging import checking
+
 _EXACT = 1024  # a larger matrix takes seconds to decompose whole
 _OVERSAMPLED = 16  # columns that a random subspace has beyond the rank
 _SWEEPS = 8  # of the subspace iteration
@@ -66,11 +68,9 @@ class Spectrum(NamedTuple):
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether all values are finite, in one pass and without a copy."""
+    """Whether all values are finite, in one pass where they are."""
     # a sum is finite only of finite numbers; where it isn't, it may have overflowed
-    return math.isfinite(values.sum().item()) or all(
-        math.isfinite(end.item()) for end in values.aminmax()
-    )
+    return math.isfinite(values.sum().item()) or checking.is_finite(values)
 
 
 def terms_norm(lora_A: Tensor, lora_B: Tensor) -> float:

@@ -66,9 +66,9 @@ def _non_finite(
         sums = {key: t.sum() for key, t in values.items()}
     # a sum with such a number in it is never finite; one without may overflow
     totals = zip(sums, read(list(sums.values())), strict=True)
-    return [key for key, total in totals if not (math.isfinite(total) or _is_finite(values[key]))]
+    return [key for key, total in totals if not (math.isfinite(total) or is_finite(values[key]))]
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """Whether all are finite, without a mask of their size."""
     return not values.numel() or all(bool(v.isfinite()) for v in values.aminmax())

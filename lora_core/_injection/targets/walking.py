@@ -78,7 +78,7 @@ def walk(model: nn.Module) -> list[Candidate]:
             problem = why_not(module) if has_matrix else ""
             found.append(Candidate(tuple(names), module, has_matrix, problem, (module,)))
             continue
-        is_layer = adaptable = mixin_for(module) is not None
+        adaptable = mixin_for(module) is not None
         readers = _readers(module, parents) if adaptable else []
         there = CHILD in module._modules
         problem = why_not(module) if adaptable and not (readers and there) else ""
@@ -88,7 +88,7 @@ def walk(model: nn.Module) -> list[Candidate]:
             owners = (module, *readers)
             found.append(Candidate(tuple(names), Slot(module, "weight", ""), True, "", owners))
         beside = [Slot(module, "bias", "bias")] if is_read and _has_bias(module) else []
-        for slot in (*slots(module, is_layer=is_layer), *beside):
+        for slot in (*slots(module, is_layer=adaptable), *beside):
             if slot.child not in module._modules:
                 labelled = tuple(f"{name}.{slot.label}".lstrip(".") for name in names)
                 raw = _is_raw(module, slot.label)
