@@ -23,7 +23,7 @@ import lora_core
 from benchmarks.options import add_outputs, at_least_one, write_json
 from lora_core._files.fingerprint import fingerprint
 from lora_core._formats import Adapter, AdapterLayer, native
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, stored_parts
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 SKELETONS = {"Stable Diffusion 1.5 UNet": "sd15_unet", "SDXL UNet": "sdxl_unet"}
@@ -166,8 +166,8 @@ def adapter_bytes(model: nn.Module, name: str = "default") -> int:
     hosts = {n: m for n, m in model.named_modules() if isinstance(m, LoRAMixin)}
     layers = {}
     for host_name, host in hosts.items():
-        config = host.lora_configs[name]
-        layers[host_name] = AdapterLayer(host.lora_kind, config, host.lora_stored(name))
+        config = host.lora_state.configs[name]
+        layers[host_name] = AdapterLayer(host.lora_kind.name, config, stored_parts(host, name))
     return file_bytes(*native.encode(Adapter(name, layers, fingerprint(hosts), {})))
 
 

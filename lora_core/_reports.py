@@ -2,12 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from lora_core._config import AdapterConfig
+from lora_core._config import SETTINGS, AdapterConfig
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -61,8 +61,8 @@ class LayerReport:
     @property
     def form(self) -> str:
         """What kind of update it is: "LoRA", or with its additions as in "LoRA, DoRA"."""
-        having = [form for form, has in _FORMS.items() if has(self.config)]
-        return ", ".join(["LoRA", *having])
+        having = (setting.form(self.config) for setting in SETTINGS.values())
+        return ", ".join(["LoRA", *filter(None, having)])
 
     @property
     def rank(self) -> int:
@@ -98,28 +98,6 @@ class LayerReport:
     def nbytes(self) -> int:
         """Bytes of the adapter's tensors together."""
         return self.parameters * self.config.dtype.itemsize
-
-
-_FORMS: dict[str, Callable[[AdapterConfig], bool]] = {
-    "DoRA": lambda c: c.dora and not c.dora_in,
-    "DoRA of columns": lambda c: c.dora_in,
-    "Tucker": lambda c: c.tucker,
-    "bias": lambda c: c.bias,
-    "subtracted": lambda c: c.subtracted,
-}
-# what a report says of settings that not every adapter has
-_SPECIAL: dict[str, Callable[[AdapterConfig], bool]] = {
-    "scale: alpha / sqrt(rank)": lambda c: c.rslora,
-    "DoRA: lengths of rows": lambda c: c.dora and not c.dora_in,
-    "DoRA: lengths of columns": lambda c: c.dora_in,
-    "bias": lambda c: c.bias,
-    "Tucker core": lambda c: c.tucker,
-    "dropout of whole ranks": lambda c: c.rank_dropout > 0,
-    "dropout of whole layers": lambda c: c.module_dropout > 0,
-    "first factors subtracted on the fly": lambda c: c.subtracted,
-    "first factors from sample inputs": lambda c: c.init == "eva",
-    "room for more ranks": lambda c: c.room > c.rank,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +154,9 @@ class Report:
             f"adapter {self.adapter!r}: {len(self.layers)} layers, {self.parameters:,} parameters;"
             f" {self.trainable:,} of {self.total:,} train ({share:.2%})",
         ]
-        for what, has in _SPECIAL.items():
-            having = sum(has(layer.config) for layer in self.layers)
-            if having:
-                lines.append(f"{what} on {having} layers")
+        for setting in SETTINGS.values():
+            said = Counter(setting.note(layer.config) for layer in self.layers)
+            lines += [f"{what} on {having} layers" for what, having in said.items() if what]
         for reason, count in Counter(self.left_out.values()).most_common():
             lines.append(f"left out: {count} ({reason})")
         return "\n".join([*lines, *self.notes])

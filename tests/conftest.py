@@ -124,9 +124,10 @@ def portrait() -> Callable[[nn.Module], object]:
             ]
             adapters: tuple[object, ...] = (vars(module).get("lora_frozen"),)
             if isinstance(module, LoRAMixin):
-                names, strengths, gains, _ = module.lora_selection
-                floats = [gain.value.item() for gain in gains]
-                adapters += (module.lora_configs, names, strengths, floats, module.lora_merged)
+                state = module.lora_state
+                names, strengths, _, bank, _ = state.selection
+                floats = [term.gain.tolist() for term in bank if term.name in names]
+                adapters += (state.configs, names, strengths, floats, state.merged)
             seen.append((name, id(module), type(module), list(vars(module)), parameters, adapters))
             seen.append([(key, id(b)) for key, b in module._buffers.items()])
             seen.append((list(module._modules), module.training))

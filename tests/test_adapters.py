@@ -35,7 +35,7 @@ from lora_core import (
     unmerge,
 )
 from lora_core._adapters import scopes
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, change, factors_of
 
 STRENGTHS = st.floats(-4, 4, width=16)
 
@@ -50,7 +50,7 @@ def two(net, perturb):
 
 
 def selections(model: nn.Module) -> list[object]:
-    return [m.lora_selection for m in model.modules() if isinstance(m, LoRAMixin)]
+    return [m.lora_state.selection for m in model.modules() if isinstance(m, LoRAMixin)]
 
 
 def same(left: list[object], right: list[object]) -> bool:
@@ -198,7 +198,7 @@ def test_adapters_with_different_dropouts_are_both_applied(x):
         for p in parameters(model):
             p.normal_()
     layer = model[0]
-    a, b = (layer.lora_factors(name)[1] @ layer.lora_factors(name)[0] for name in "ab")
+    a, b = (factors_of(layer, name)[1] @ factors_of(layer, name)[0] for name in "ab")
     base = nn.functional.linear(x, layer.weight, layer.bias)
     assert_close(model.eval()(x), base + x @ (a + b).T)
     model.train()
@@ -350,7 +350,7 @@ def interrupted_at_line(call: Callable[[], object], k: int) -> bool:
             return None
         # no signal comes between the last line under a lock and its release, only a trace does
         source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and "LOCK" not in source:
+        if event == "line" and "with lock()" not in source:
             left -= 1
             if left == 0:
                 sys.settrace(None)
@@ -375,7 +375,7 @@ def test_an_interrupt_on_any_line_of_scales_changes_all_layers_or_none(two):
         if not same(selections(two), before):
             assert strengths(two) == {"a": (), "b": (2.0,)}, f"half chosen at line {k}"
             for layer, selection in zip(everywhere, before, strict=True):
-                layer.lora_selection = selection
+                change(layer, selection=selection)
         k += 1
     assert k > 30
     assert strengths(two) == {"a": (), "b": (2.0,)}
@@ -570,10 +570,10 @@ def test_an_irreversible_merge_cannot_be_hidden(net):
 def test_any_legal_name_can_be_given_a_strength():
     layer = LoRALinear(nn.Linear(4, 4), name="style-2")
     scales(layer, **{"style-2": 0.5})
-    assert layer.lora_selection.strengths == (0.5,)
+    assert layer.lora_state.selection.strengths == (0.5,)
     other = LoRALinear(nn.Linear(4, 4), name="model")
     scales(other, model=0.5)
-    assert other.lora_selection.strengths == (0.5,)
+    assert other.lora_state.selection.strengths == (0.5,)
 
 
 def two_layers(**options) -> nn.Sequential:
@@ -591,7 +591,7 @@ def test_an_adapter_replaced_under_its_name_inside_a_block_is_another():
         inject(model, rank=2, alpha=16, targets=nn.Linear)
     for factor in parameters(model):
         nn.init.normal_(factor)
-    assert float(model[0].lora_selection.gains[0].value) == 8
+    assert float(model[0].lora_state.selection.bank[0].gain) == 8
     apart = model(x)
     merge(model)
     assert_close(model(x), apart, rtol=1e-4, atol=1e-3)
@@ -603,7 +603,7 @@ def test_a_change_of_dtype_inside_a_block_widens_the_gains(block):
     scales(model, default=0.3)
     with block(model):
         model.double()
-    assert model[0].lora_selection.gains[0].value.dtype is torch.float64
+    assert model[0].lora_state.selection.bank[0].gain.dtype is torch.float64
     apart = model(x)
     merge(model)
     assert_close(model(x), apart, rtol=1e-12, atol=1e-12)
@@ -616,8 +616,8 @@ def test_a_block_that_ends_between_a_receipt_and_its_block_does_not_spoil_it():
     second = scales(model, default=0.25)
     first.__exit__(None, None, None)
     with second:
-        assert model[0].lora_selection.strengths == (0.25,)
-    assert model[0].lora_selection.strengths == (1.0,)
+        assert model[0].lora_state.selection.strengths == (0.25,)
+    assert model[0].lora_state.selection.strengths == (1.0,)
     with pytest.raises(ConfigError, match=r"^A `scales` block must be entered once, but"), second:
         pass
 
@@ -644,7 +644,7 @@ def test_threads_in_blocks_of_their_own_leave_the_strength_they_found():
     finally:
         sys.setswitchinterval(interval)
     assert not errors
-    assert model[0].lora_selection.strengths == (1.0,)
+    assert model[0].lora_state.selection.strengths == (1.0,)
 
 
 def test_a_receipt_is_not_copied():
@@ -658,7 +658,7 @@ import os, signal, sys, threading
 import torch
 from torch import nn
 import lora_core
-from lora_core._adapters import scopes
+from lora_core._layers import lock
 
 torch.set_num_threads(1)
 model = nn.ModuleDict({"to_q": nn.Linear(4, 4)})
@@ -666,7 +666,7 @@ lora_core.inject(model, rank=2)
 held, done = threading.Event(), threading.Event()
 
 def hold():
-    with scopes.LOCK:
+    with lock():
         held.set()
         done.wait(60)
 

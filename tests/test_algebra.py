@@ -42,6 +42,7 @@ from lora_core._algebra import AlgebraReport, LayerResult, extracting, products
 from lora_core._algebra.methods import METHODS, dropped_entries
 from lora_core._config import AdapterConfig
 from lora_core._formats import AdapterLayer, container, native, read
+from lora_core._layers import stored_parts
 from lora_core.testing.laws import train_pretend
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -836,7 +837,7 @@ def adapted_zoo(dtype: torch.dtype = torch.float32, **options: Any) -> Zoo:
 
 def adapter_of(model: nn.Module, name: str = "style") -> Adapter:
     layers = {
-        n: AdapterLayer(m.lora_kind, m.lora_configs[name], m.lora_stored(name))
+        n: AdapterLayer(m.lora_kind.name, m.lora_state.configs[name], stored_parts(m, name))
         for n, m in layers_with(model, name).items()
     }
     return Adapter(name, layers)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.testing import assert_close
 
 import lora_core
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, factors_of
 
 WAYS = list(itertools.product((True, False), repeat=2))  # training, gradients
 PARTS = {
@@ -144,13 +144,13 @@ def test_an_encoder_learns_through_every_site(targets, norm_first):
     sites = [m for m in model.modules() if isinstance(m, LoRAMixin)]
     assert sites
     for site in sites:
-        owner, name = site.lora_home()
+        owner, name = site.lora_kind.home(site)
         path = next(n for n, m in model.named_modules() if m is owner)
         theirs = plain.get_submodule(path).get_parameter(name).grad
         rows = getattr(site, "lora_rows", None)
         theirs = theirs if rows is None else theirs[slice(*rows)]
-        A, B = site.lora_factors("default")
-        scale = site.lora_configs["default"].scale
+        A, B = factors_of(site, "default")
+        scale = site.lora_state.configs["default"].scale
         assert_close(B.grad, scale * theirs @ A.detach().T, atol=1e-4, rtol=1e-4)
         assert_close(A.grad, scale * B.detach().T @ theirs, atol=1e-4, rtol=1e-4)
 

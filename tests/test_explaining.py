@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import lora_core
 from lora_core import ConfigError, LoRALinear, UnsupportedLayerError, explain, functional
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, factors_of
 
 
 class Own(nn.Linear):
@@ -157,13 +157,13 @@ def test_frozen_is_what_adds_nothing(kind, taken):
         assert how == "frozen"
     if kind == "own forward":
         return
-    if isinstance(layer, LoRAMixin) and layer.lora_kind == "weight":
-        x = layer.lora_home()[0]._parameters[layer.lora_parameter]
+    if isinstance(layer, LoRAMixin) and layer.lora_kind.is_read:
+        x = layer.lora_kind.home(layer)[0]._parameters[layer.lora_parameter]
     lora_core.merge(layer)
     assert str(explain(layer, x)) == "frozen: the adapters are merged into the weight"
     how, merged = taken(layer, x)
     assert how == "frozen"
-    if layer.lora_kind != "weight":
+    if not layer.lora_kind.is_read:
         assert_close(merged, adapted_out, atol=1e-4, rtol=1e-4)
         with lora_core.disabled(layer):
             assert "`disabled` shows the base" in str(explain(layer, x))
@@ -192,7 +192,7 @@ def test_strengths_per_sample_take_the_low_rank_form_even_where_one_would_be_fol
     assert how == form
     each = torch.tensor(chosen) if isinstance(chosen, list) else torch.full((3,), chosen)
     each = each.repeat(x.shape[0] // 3)[:, None, None]
-    A, B = layer.lora_factors("default")
+    A, B = factors_of(layer, "default")
     assert_close(out, nn.functional.linear(x, layer.weight, layer.bias) + each * (x @ A.T @ B.T))
     lora_core.scales(layer, default=[1.0, 2.0])
     said = "Strengths per sample must fit the batch, but `scales` gave 2 and the input of a Linear"

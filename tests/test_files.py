@@ -30,6 +30,7 @@ from lora_core import AdapterError, ConfigError, CorruptFileError, MergeError, M
 from lora_core._config import AdapterConfig
 from lora_core._files.fingerprint import differing, fingerprint
 from lora_core._formats import Adapter, AdapterLayer, container, native, replacing
+from lora_core._layers import factors_of
 from lora_core.testing.laws import train_pretend
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -91,8 +92,8 @@ def test_a_saved_adapter_comes_back_bit_for_bit(
     report = lora_core.load(bare, file)
     assert report.adapter == name
     for mine, theirs in zip(model, bare, strict=True):
-        assert mine.lora_configs == theirs.lora_configs
-        for a, b in zip(mine.lora_factors(name), theirs.lora_factors(name), strict=True):
+        assert mine.lora_state.configs == theirs.lora_state.configs
+        for a, b in zip(factors_of(mine, name), factors_of(theirs, name), strict=True):
             assert a.dtype == b.dtype == dtype
             assert torch.equal(a, b)
     assert torch.equal(model(x), bare(x))
@@ -109,7 +110,7 @@ def test_a_rank_stabilised_scale_comes_back_and_the_second_file_is_the_first(
     lora_core.save(model, first)
     report = lora_core.load(bare, first)
     assert [layer.rslora for layer in report.layers] == flags
-    assert [m.lora_configs for m in bare] == [m.lora_configs for m in model]
+    assert [m.lora_state.configs for m in bare] == [m.lora_state.configs for m in model]
     assert torch.equal(model(x), bare(x))
     lora_core.save(bare, second)
     assert first.read_bytes() == second.read_bytes()
@@ -123,12 +124,15 @@ def test_a_plain_adapter_is_described_as_ever() -> None:
     _, entries = native.encode(Adapter("a", {"x": layer}, {"dtype": "d", "samples": "s"}, {}))
     assert entries["lora_core"] == (
         '{"adapter":"a","base":{"dtype":"d","samples":"s"},'
-        '"layers":{"x":{"alpha":2.0,"kind":"linear","rank":1}},"version":1}'
+        '"layers":{"x":{"alpha":2.0,"init":"kaiming","kind":"linear","rank":1}},"version":1}'
     )
     _, entries = native.encode(
         Adapter("a", {"x": replace(layer, config=replace(config, rslora=True))}, {}, {})
     )
-    assert '"x":{"alpha":2.0,"kind":"linear","rank":1,"rslora":true}' in entries["lora_core"]
+    assert (
+        '"x":{"alpha":2.0,"init":"kaiming","kind":"linear","rank":1,"rslora":true}'
+        in entries["lora_core"]
+    )
 
 
 def test_equal_adapters_are_equal_bytes_merged_or_not(tmp_path: Path) -> None:
@@ -150,7 +154,12 @@ def test_any_safetensors_reader_opens_the_file(path: Path) -> None:
     assert sorted(tensors) == [f"{i}.lora_{f}" for i in range(3) for f in "AB"]
     with safetensors.safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["lora_core"])
-    assert about["layers"]["1"] == {"alpha": 2.0, "kind": "linear", "rank": 2}
+    assert about["layers"]["1"] == {
+        "alpha": 2.0,
+        "init": "kaiming",
+        "kind": "linear",
+        "rank": 2,
+    }
     assert about["adapter"] == "style"
 
 

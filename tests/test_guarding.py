@@ -23,7 +23,8 @@ from lora_core import (
     save,
     unmerge,
 )
-from lora_core._injection import guarding, transactions
+from lora_core._injection import guards, rollback
+from lora_core._layers import delta_of
 from lora_core.testing import check_lora
 
 # -- state dicts
@@ -164,8 +165,8 @@ def test_an_adapter_in_an_encoder_layer_takes_effect_in_every_mode(
         for p in parameters(model):
             p.normal_(std=0.3)
         for mine, bare in zip(model.layers, oracle.layers, strict=True):
-            bare.linear1.weight += mine.linear1.lora_delta()
-            bare.linear2.weight += mine.linear2.lora_delta()
+            bare.linear1.weight += delta_of(mine.linear1)
+            bare.linear2.weight += delta_of(mine.linear2)
     for m in (model, oracle):
         m.train(training)
     with torch.set_grad_enabled(gradients):
@@ -225,7 +226,7 @@ def test_a_failure_while_guarding_undoes_the_whole_injection(
     portrait, monkeypatch: pytest.MonkeyPatch
 ):
     model = encoder()
-    before, real = portrait(model), guarding.settle
+    before, real = portrait(model), guards.settle
     calls: list[int] = []
 
     def failing(root: nn.Module) -> None:
@@ -234,7 +235,7 @@ def test_a_failure_while_guarding_undoes_the_whole_injection(
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(transactions, "settle", failing)
+    monkeypatch.setattr(rollback, "settle", failing)
     verb: Callable[..., object] = inject
     with pytest.raises(KeyboardInterrupt):
         verb(model, rank=2, targets="linear1")

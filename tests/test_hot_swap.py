@@ -111,7 +111,7 @@ def test_strength_activity_and_what_trains_stay(tmp_path):
     scales(model, slot=0.25, other=2.0)
     others = [p for n, p in model.named_parameters() if n.endswith("other")]
     load(model, tmp_path / "b.safetensors", "slot", replace=True)
-    assert model[0].lora_strengths() == {"slot": 0.25, "other": 2.0}
+    assert model[0].lora_state.strengths == {"slot": 0.25, "other": 2.0}
     after = [p for n, p in model.named_parameters() if n.endswith("other")]
     assert all(p is q for p, q in zip(others, after, strict=True))
     assert {n.rpartition("_")[2] for n, p in model.named_parameters() if p.requires_grad} == {
@@ -119,9 +119,9 @@ def test_strength_activity_and_what_trains_stay(tmp_path):
     }
     scales(model, other=1.0)
     load(model, tmp_path / "b.safetensors", "slot", replace=True)
-    assert model[0].lora_strengths() == {"other": 1.0}  # inactive it stays
+    assert model[0].lora_state.strengths == {"other": 1.0}  # inactive it stays
     load(model, tmp_path / "b.safetensors", "slot", scale=0.5, replace=True)
-    assert model[0].lora_strengths() == {"other": 1.0, "slot": 0.5}
+    assert model[0].lora_state.strengths == {"other": 1.0, "slot": 0.5}
 
 
 def test_a_block_of_scales_around_it_ends_as_it_began(tmp_path):
@@ -130,8 +130,8 @@ def test_a_block_of_scales_around_it_ends_as_it_began(tmp_path):
     inject(model, 2, targets=["0", "2"], name="slot")
     with scales(model, slot=0.5):
         load(model, tmp_path / "b.safetensors", "slot", replace=True)
-        assert model[0].lora_strengths() == {"slot": 0.5}
-    assert model[0].lora_strengths() == {"slot": 1.0}
+        assert model[0].lora_state.strengths == {"slot": 0.5}
+    assert model[0].lora_state.strengths == {"slot": 1.0}
     assert torch.equal(model(x), y)  # with the new scale, 3.5, and not the old one
 
 
@@ -205,7 +205,7 @@ def test_an_error_midway_leaves_the_old_adapter(tmp_path, monkeypatch):
         made.append(layer)
         lora_core._layers.exchange(layer, *args)
 
-    monkeypatch.setattr("lora_core._injection.exchanging.exchange", exchange)
+    monkeypatch.setattr("lora_core._injection.surgery.exchange", exchange)
     with pytest.raises(KeyboardInterrupt):
         load(model, tmp_path / "b.safetensors", "slot", replace=True)
     assert made
@@ -408,8 +408,8 @@ def test_layers_that_come_in_a_block_have_the_outer_strength_after_it(block, tmp
         if block != "disabled":
             blocks.enter_context(scales(model, other=1.0))
         load(model, path, "slot", replace=True)
-    assert model.l.lora_strengths() == {"slot": 0.25}
-    assert model.lora_at_w.lora_strengths() == {"slot": 0.25}
+    assert model.l.lora_state.strengths == {"slot": 0.25}
+    assert model.lora_at_w.lora_state.strengths == {"slot": 0.25}
 
 
 def trains(model, name):
@@ -509,17 +509,17 @@ def test_layers_come_and_go_beside_calls_in_other_threads(tmp_path):
 
 
 def test_an_adapter_that_left_leaves_no_norms_behind():
-    from lora_core._layers import norms
+    from lora_core._layers import lengths
 
     model = nn.Sequential(nn.Linear(8, 8))
     for name in ("x", "y"):
         inject(model, 2, targets="0", name=name, dora=True)
         model(torch.randn(2, 8))
-        assert name in norms._KNOWN[model[0]]
+        assert name in lengths._KNOWN[model[0]]
     eject(model, "x")
-    assert "x" not in norms._KNOWN[model[0]]
+    assert "x" not in lengths._KNOWN[model[0]]
     eject(model)
-    assert model[0] not in norms._KNOWN
+    assert model[0] not in lengths._KNOWN
 
 
 def test_reserved_ranks_stay_empty_on_the_way_through_the_meta_device(tmp_path):

@@ -29,7 +29,7 @@ from lora_core import (
     plan,
 )
 from lora_core._injection import surgery
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, factors_of, parts_of
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -76,7 +76,7 @@ def test_the_report_counts_what_is_there(net, freeze):
     assert report.trainable == sum(p.numel() for p in everything if p.requires_grad)
     assert report.parameters == sum(p.numel() for p in parameters(net))
     for layer in report.layers:
-        A, B = net.get_submodule(layer.name).lora_factors("default")
+        A, B = factors_of(net.get_submodule(layer.name), "default")
         assert layer.parameters == A.numel() + B.numel()
         assert layer.nbytes == 4 * layer.parameters
         assert (layer.in_features, layer.out_features) == (A.shape[1], B.shape[0])
@@ -662,7 +662,7 @@ def grafted(model: nn.Module, name: str) -> Callable[[], object]:
     source = copy.deepcopy(model)
     inject(source, rank=1, name=name, targets="*")
     grafts = [
-        surgery.Graft(host, twin.lora_configs[name], twin.lora_parts(name))
+        surgery.Graft(host, twin.lora_state.configs[name], parts_of(twin, name))
         for host, twin in zip(chosen, (source["to_q"], source["to_k"]), strict=True)
     ]
     return lambda: surgery.graft(list(model.modules()), name, grafts)
@@ -789,7 +789,7 @@ def test_a_weight_normed_layer_is_adapted_and_given_back(x):
     assert isinstance(layer, LoRAMixin)
     with torch.no_grad():
         layer.lora_B_default.fill_(0.5)
-    A, B = layer.lora_factors("default")
+    A, B = factors_of(layer, "default")
     assert_close(model(x), plain + x @ A.T @ B.T)
     eject(model)
     assert type(layer) is cls

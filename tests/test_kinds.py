@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import lora_core
 from lora_core import functional
 from lora_core._errors import ConfigError, MergeError, UnsupportedLayerError
+from lora_core._layers import delta_of, factors_of
 from lora_core.testing import check_lora
 
 
@@ -182,11 +183,11 @@ def test_two_adapters_are_the_sum_of_their_updates(kind):
     for name in ("a", "b"):
         lora_core.inject(model, **options, name=name)
     trained(model)
-    layer = next(m for m in model.modules() if hasattr(m, "lora_configs"))
+    layer = next(m for m in model.modules() if hasattr(m, "lora_state"))
     deltas = []
     for strengths in ({"a": 0.5}, {"b": -2.0}, {"a": 0.5, "b": -2.0}):
         lora_core.scales(model, **strengths)
-        deltas.append(layer.lora_delta().detach())
+        deltas.append(delta_of(layer).detach())
     assert_close(deltas[0] + deltas[1], deltas[2])
 
 
@@ -332,7 +333,7 @@ def test_a_layer_is_made_from_a_plain_host_of_its_kind():
     assert made[0].lora_magnitude_default.shape == (8,)
     assert made[1].lora_mid_default.shape == (2, 2, 3, 3, 3)
     assert made[2].lora_A_style.shape == (2, 9)
-    assert functional.delta_norm(*made[2].lora_factors("style")) == 0
+    assert functional.delta_norm(*factors_of(made[2], "style")) == 0
 
 
 def test_a_packed_weight_is_adapted_whole_or_by_its_parts():
@@ -381,8 +382,8 @@ def test_merged_weights_are_rounded_once_and_come_back_in_any_dtype(kind, extra,
     trained(model)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     adapted = first(model(*inputs)).double()
-    layers = [m for m in model.modules() if hasattr(m, "lora_configs")]
-    sums = [(m.weight.double() + m.lora_delta().double()).to(dtype) for m in layers]
+    layers = [m for m in model.modules() if hasattr(m, "lora_state")]
+    sums = [(m.weight.double() + delta_of(m).double()).to(dtype) for m in layers]
     lora_core.merge(model)
     eps = torch.finfo(dtype).eps
     for layer, exact in zip(layers, sums, strict=True):

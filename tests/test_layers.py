@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lora_core import ConfigError, LoRALinear, UnsupportedLayerError, inject, merge, scales
-from lora_core._layers import adapted_class
+from lora_core._layers import adapted_class, factors_of
 from lora_core.functional import lora_delta, lora_linear
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -149,7 +149,7 @@ def test_an_alpha_of_zero_could_have_no_effect_and_is_refused():
 def test_any_whole_number_is_a_rank(kind):
     numpy = pytest.importorskip("numpy")
     layer = LoRALinear(nn.Linear(4, 6), rank=getattr(numpy, kind)(2))
-    assert type(layer.lora_configs["default"].rank) is int
+    assert type(layer.lora_state.configs["default"].rank) is int
     assert layer.lora_A_default.shape == (2, 4)
 
 
@@ -195,8 +195,8 @@ def test_a_refused_setting_leaves_the_linear_trainable():
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (1.0, 0.5), (-3, -1.5)])
 def test_scale_is_alpha_over_rank(alpha, scale):
     layer = trained(LoRALinear(nn.Linear(4, 6).double(), rank=2, alpha=alpha))
-    assert layer.lora_configs["default"].scale == scale
-    dense = lora_delta(*layer.lora_factors("default"), scale)
+    assert layer.lora_state.configs["default"].scale == scale
+    dense = lora_delta(*factors_of(layer, "default"), scale)
     assert_close(layer(torch.eye(4).double()) - layer.bias, (layer.weight + dense).T)
 
 
@@ -206,14 +206,14 @@ def test_scale_is_alpha_over_rank(alpha, scale):
 def test_rank_stabilised_it_divides_alpha_by_the_square_root_of_the_rank(i, o, alpha, rank):
     rank = min(rank, i, o)
     layer = trained(LoRALinear(nn.Linear(i, o).double(), rank, alpha, rslora=True))
-    config, x = layer.lora_configs["default"], torch.randn(5, i).double()
+    config, x = layer.lora_state.configs["default"], torch.randn(5, i).double()
     assert config.scale == alpha / math.sqrt(rank)
-    A, B = layer.lora_factors("default")
+    A, B = factors_of(layer, "default")
     expected = x @ layer.weight.T + layer.bias + alpha / rank**0.5 * (x @ A.T @ B.T)
     assert_close(layer(x), expected)
     merge(layer.eval())
     assert_close(layer(x), expected)
-    plain = trained(LoRALinear(nn.Linear(i, o), rank, alpha)).lora_configs["default"]
+    plain = trained(LoRALinear(nn.Linear(i, o), rank, alpha)).lora_state.configs["default"]
     assert config.scale == pytest.approx(plain.scale * math.sqrt(rank), rel=1e-15)
 
 
@@ -227,7 +227,7 @@ def test_rslora_must_be_a_boolean(rslora):
 
 
 def test_alpha_left_out_is_the_rank():
-    assert LoRALinear(nn.Linear(8, 8), rank=3).lora_configs["default"].alpha == 3.0
+    assert LoRALinear(nn.Linear(8, 8), rank=3).lora_state.configs["default"].alpha == 3.0
 
 
 def test_it_adopts_the_very_parameters():
@@ -298,7 +298,7 @@ def test_factors_are_float32_at_least_unless_told(base, wish, stored):
 def test_a_bfloat16_layer_is_near_its_float64_self():
     layer = trained(LoRALinear(nn.Linear(16, 8, dtype=torch.bfloat16), rank=2))
     x = torch.randn(5, 16, dtype=torch.bfloat16)
-    A, B = (p.double() for p in layer.lora_factors("default"))
+    A, B = (p.double() for p in factors_of(layer, "default"))
     exact = lora_linear(x.double(), layer.weight.double(), layer.bias.double(), A, B)
     assert_close(layer(x).double(), exact, atol=0.15, rtol=0.03)
 
@@ -306,7 +306,7 @@ def test_a_bfloat16_layer_is_near_its_float64_self():
 def test_dropout_is_for_training_alone():
     layer = trained(LoRALinear(nn.Linear(8, 8), rank=2, dropout=0.5))
     x = torch.randn(4, 8)
-    exact = lora_linear(x, layer.weight, layer.bias, *layer.lora_factors("default"))
+    exact = lora_linear(x, layer.weight, layer.bias, *factors_of(layer, "default"))
     layer.eval()
     assert_close(layer(x), exact)
     layer.train()
@@ -341,7 +341,7 @@ def test_a_copy_computes_the_same_and_shares_nothing(make, duplicate):
         twin.lora_B_style.add_(1)
     assert not torch.equal(twin(x), layer(x))
     scales(twin, style=0.0)
-    assert layer.lora_selection.strengths == (0.7,)
+    assert layer.lora_state.selection.strengths == (0.7,)
 
 
 def test_a_copied_model_can_be_ejected_by_itself(net, x, perturb):
@@ -454,7 +454,7 @@ def test_autocast_gives_bfloat16_out_and_float32_gradients():
     assert out.dtype == torch.bfloat16
     assert_close(out.float(), layer(x), atol=0.1, rtol=0.05)
     out.float().sum().backward()
-    for p in layer.lora_factors("default"):
+    for p in factors_of(layer, "default"):
         assert p.grad.dtype == torch.float32
         assert p.grad.abs().max() > 0
 
@@ -512,7 +512,7 @@ def test_to_float64_takes_everything_along():
     wide = layer(x.double())
     assert_close(wide.float(), narrow)
     # the scale is a third, which float32 would have rounded
-    A, B = layer.lora_factors("default")
+    A, B = factors_of(layer, "default")
     exact = lora_linear(x.double(), layer.weight, layer.bias, A, B, 1 / 3)
     assert_close(wide, exact, atol=1e-14, rtol=1e-14)
 
@@ -535,7 +535,7 @@ def test_from_meta_to_memory_keeps_the_right_gain():
     scales(layer, default=0.5)
     assert layer.lora_A_default.is_meta
     layer.to_empty(device="cpu")
-    assert [gain.value.item() for gain in layer.lora_selection.gains] == [1.25]
+    assert [term.gain.item() for term in layer.lora_state.selection.bank] == [1.25]
     source = trained(LoRALinear(nn.Linear(4, 6), rank=2, alpha=5.0))
     scales(source, default=0.5)
     layer.load_state_dict(source.state_dict())
@@ -566,8 +566,8 @@ def test_checkpointed_gradients_are_the_plain_ones():
     layer = trained(LoRALinear(nn.Linear(4, 6), rank=2))
     x = torch.randn(3, 4)
     layer(x).square().sum().backward()
-    plain = [p.grad.clone() for p in layer.lora_factors("default")]
+    plain = [p.grad.clone() for p in factors_of(layer, "default")]
     layer.zero_grad()
     checkpoint(layer, x, use_reentrant=False).square().sum().backward()
-    for p, gradient in zip(layer.lora_factors("default"), plain, strict=True):
+    for p, gradient in zip(factors_of(layer, "default"), plain, strict=True):
         assert_close(p.grad, gradient)

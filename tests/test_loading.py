@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import lora_core
 from lora_core import ConfigError, MismatchError, UnsupportedFileError
+from lora_core._layers import delta_of
 from tests.golden import GOLDEN, TinyMix, cases, file_of, grown, models_of
 
 
@@ -236,10 +237,10 @@ def trained(seed: int = 0) -> dict[str, nn.Module]:
 def deltas(models: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     """What the adapters add to each weight."""
     return {
-        f"{part}.{n}": m.lora_delta()
+        f"{part}.{n}": delta_of(m)
         for part, model in models.items()
         for n, m in model.named_modules()
-        if hasattr(m, "lora_delta")
+        if hasattr(m, "lora_state")
     }
 
 

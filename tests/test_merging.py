@@ -18,6 +18,7 @@ from torch import nn
 import lora_core
 from benchmarks.measure import peak_bytes
 from lora_core import LoRALinear, MergeError, UnsupportedLayerError
+from lora_core._layers import delta_of, factors_of
 from lora_core._merging import writing
 from lora_core._merging.writing import product_of
 from lora_core.testing.laws import train_pretend
@@ -86,7 +87,7 @@ def test_float64_merged_equals_unmerged_to_twelve_digits() -> None:
 def test_the_merged_weight_is_rounded_once() -> None:
     layer = LoRALinear(nn.Linear(64, 64, dtype=torch.bfloat16), rank=8)
     train_pretend(layer, "default")
-    lora_A, lora_B = (f.double() for f in layer.lora_factors("default"))
+    lora_A, lora_B = (f.double() for f in factors_of(layer, "default"))
     exact = (layer.weight.double() + lora_B @ lora_A).to(torch.bfloat16)
     lora_core.merge(layer)
     wrong = (layer.weight != exact).double().mean()
@@ -206,7 +207,7 @@ def test_a_non_finite_adapter_changes_nothing(reversible: bool) -> None:
     ):
         lora_core.merge(model, reversible=reversible)
     assert all(torch.equal(model.get_parameter(n), w) for n, w in before.items())
-    assert all(layer.lora_merged is None for layer in model)
+    assert all(layer.lora_state.merged is None for layer in model)
 
 
 @pytest.mark.parametrize("reversible", [True, False])
@@ -229,7 +230,7 @@ def test_finite_weights_are_merged_though_their_sum_overflows(reversible: bool) 
     with torch.no_grad():
         model[1].weight.fill_(1e38)
     lora_core.merge(model, reversible=reversible)
-    assert all(layer.lora_merged is not None for layer in model)
+    assert all(layer.lora_state.merged is not None for layer in model)
     assert model[1].weight.isfinite().all()
 
 
@@ -280,7 +281,7 @@ def test_a_weight_that_is_merged_in_pieces_is_as_by_one_product(
     model, twin = large(kind, dtype), large(kind, dtype)
     pieces = product_of(model[0])._pieces()
     assert len(list(pieces)) > 1 or kind == "fewer rows than a piece"
-    whole = model[0].weight.double() + model[0].lora_delta().double()
+    whole = model[0].weight.double() + delta_of(model[0]).double()
     lora_core.merge(model)
     few_ulps = 4 * torch.finfo(dtype).eps
     found = model[0].weight.detach().double()
@@ -366,7 +367,7 @@ def test_a_weight_without_values_is_not_merged() -> None:
     model = adapted().to("meta")
     with pytest.raises(MergeError, match="^A weight must have values to be merged, but '0', '1'"):
         lora_core.merge(model)
-    assert all(layer.lora_merged is None for layer in model)
+    assert all(layer.lora_state.merged is None for layer in model)
 
 
 class Squared(nn.Linear):
@@ -463,7 +464,7 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own() -> None:
     twin = copy.deepcopy(model)
     lora_core.unmerge(twin)
     assert_bits(twin, before)
-    assert model[0].lora_merged is not None
+    assert model[0].lora_state.merged is not None
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -482,7 +483,7 @@ def test_a_copy_made_while_disabled_is_the_unmerged_base(
         base, twin = model(x), duplicate(model)
     assert_bits(model, merged)
     assert torch.equal(twin(x), base)
-    assert [layer.lora_merged for layer in twin[:2]] == [None, None]
+    assert [layer.lora_state.merged for layer in twin[:2]] == [None, None]
     assert (twin[2].weight is twin[0].weight) == tied
     lora_core.scales(twin, default=1.0)
     assert torch.equal(twin(x), expected)
@@ -554,7 +555,7 @@ def test_an_interrupt_at_any_line_leaves_the_whole_model_before_or_after(verb: s
         if verb == "merge":
             lora_core.unmerge(model)
         hit = interrupted(lambda m=model: getattr(lora_core, verb)(m), at)
-        states = {layer.lora_merged is not None for layer in model}
+        states = {layer.lora_state.merged is not None for layer in model}
         assert len(states) == 1, f"half merged at line {at}"
         (is_merged,) = states
         assert_bits(model, merged if is_merged else plain)
@@ -584,7 +585,7 @@ def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(
         lora_core.unmerge(model)
         hit = interrupted(lambda m=model: lora_core.merge(m, reversible=False), at)
         for i, layer in enumerate(model):
-            expected = merged if layer.lora_merged is not None else plain
+            expected = merged if layer.lora_state.merged is not None else plain
             assert torch.equal(layer.weight, expected[f"{i}.weight"]), f"line {at}"
 
 
@@ -606,6 +607,7 @@ import torch
 from torch import nn
 import lora_core
 from lora_core.testing.laws import train_pretend
+from lora_core._layers import change
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -614,7 +616,8 @@ random.seed(0)
 
 def look(model):
     return [
-        (n, type(m), sorted(vars(m)), getattr(m, "lora_merged", None) is None,
+        (n, type(m), sorted(vars(m)),
+         (getattr(m, "lora_state", None) and m.lora_state.merged) is None,
          [(k, p.requires_grad, 0 if "lora" in k else p.tolist()) for k, p in m._parameters.items()])
         for n, m in model.named_modules()
     ]
@@ -821,7 +824,7 @@ def test_the_reported_loss_is_the_share_of_the_update_that_did_not_arrive() -> N
     train_pretend(layer, "default")
     with torch.no_grad():
         layer.lora_B_default.mul_(1e-3)
-    old, asked = layer.weight.detach().double(), layer.lora_delta().double()
+    old, asked = layer.weight.detach().double(), delta_of(layer).double()
     report = lora_core.merge(layer)
     arrived = layer.weight.detach().double() - old
     share = float((asked - arrived).norm() / asked.norm())

@@ -26,7 +26,7 @@ from lora_core import (
     inject,
     plan,
 )
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, factors_of
 from lora_core.testing import check_lora
 
 Make = Callable[[], nn.Module]
@@ -206,8 +206,8 @@ def test_a_tied_weight_is_a_sum_of_its_own_on_either_side():
     inject(model, rank=2, targets="embed", name="a")
     inject(model, rank=2, targets="head", name="b")
     perturb(model)
-    A, B = model.embed.lora_factors("a")
-    C, D = model.head.lora_factors("b")
+    A, B = factors_of(model.embed, "a")
+    C, D = factors_of(model.head, "b")
     table, x = model.embed.weight, tokens()
     seen = (table + A.T @ B.T)[x]
     assert_close(model(x), model.mid(seen) @ (table + D @ C).T)
@@ -227,7 +227,7 @@ def test_a_module_that_is_used_twice_has_one_adapter_and_is_merged_once(
     assert model[0] is model[2]
     assert len(lora_core.parameters(model)) == 2
     assert len(lora_core.save(model, tmp_path / "one").layers) == 1
-    A, B = model[0].lora_factors("default")
+    A, B = factors_of(model[0], "default")
     weight, bias = model[0].weight + 1.5 * B @ A, model[0].bias
     linear = partial(nn.functional.linear, weight=weight, bias=bias)
     assert_close(moved, linear(linear(x).tanh()))
@@ -511,7 +511,7 @@ def test_hooks_that_change_input_and_output_do_so_around_the_adapter():
     layer.register_forward_hook(lambda _, args, out: out + args[0].sum())
     inject(layer, rank=2, targets=nn.Linear)
     perturb(layer)
-    A, B = layer.lora_factors("default")
+    A, B = factors_of(layer, "default")
     doubled = 2 * x
     expected = doubled @ (layer.weight + B @ A).T + layer.bias + doubled.sum()
     assert_close(layer(x), expected)
@@ -687,7 +687,7 @@ def test_a_layer_parametrized_after_it_was_adapted_still_adds_its_update():
     model, x = seeded(two_of_one_weight)[:1], vectors()
     inject(model, rank=2, targets="0")
     perturb(model)
-    A, B = model[0].lora_factors("default")
+    A, B = factors_of(model[0], "default")
     symmetric(model[0])
     weight, bias = model[0].weight, model[0].bias
     assert_close(model(x), nn.functional.linear(x, weight + B @ A, bias))
@@ -828,7 +828,7 @@ def test_codes_take_an_adapter_that_trains_beside_them_and_are_never_written(
     model, _, moved = life(make, x, tmp_path, portrait, targets="0")
     assert [type(m) for m in seeded(make)] == [host, nn.Tanh, nn.Linear]
     layer = model[0]
-    A, B = layer.lora_factors("default")
+    A, B = factors_of(layer, "default")
     assert (A.shape, B.shape, A.dtype) == ((2, 8), (6, 2), torch.float32)
     with lora_core.disabled(model):
         base = layer(x)
@@ -967,8 +967,7 @@ def test_the_order_in_which_adapters_are_chosen_changes_at_most_a_rounding():
         inject(layer, rank=4, targets=nn.Linear, name=name)
     perturb(layer)
     weight = layer.weight + sum(
-        s * layer.lora_factors(name)[1] @ layer.lora_factors(name)[0]
-        for name, s in strengths.items()
+        s * factors_of(layer, name)[1] @ factors_of(layer, name)[0] for name, s in strengths.items()
     )
     expected = nn.functional.linear(x, weight, layer.bias)
     for order in itertools.permutations(strengths):
@@ -983,7 +982,7 @@ def test_other_adapters_and_the_new_ones_name_change_no_bit_of_its_first_factors
             inject(model, rank=3, targets="*", name="earlier")
         torch.manual_seed(9)
         inject(model, rank=2, targets=targets, name=name)
-        return model["q"].lora_factors(name)[0]
+        return factors_of(model["q"], name)[0]
 
     wanted = first(earlier=False, name="a", targets="q")
     for earlier, name, targets in itertools.product(
@@ -1170,7 +1169,7 @@ def test_what_is_called_with_something_else_first_says_so():
 
 def test_a_host_with_an_attribute_of_our_name_is_refused():
     model = nn.Sequential(nn.Linear(6, 6))
-    model[0].lora_configs = {}
+    model[0].lora_state.configs = {}
     with pytest.raises(UnsupportedLayerError, match=r"must leave names that begin with 'lora_'"):
         inject(model, rank=2, targets="0")
     assert type(model[0]) is nn.Linear

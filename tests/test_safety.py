@@ -28,6 +28,7 @@ from torch import nn
 import lora_core
 from lora_core import ConfigError, CorruptFileError, LoRAError
 from lora_core._formats import read, replacing
+from lora_core._layers import factors_of
 from lora_core.testing.laws import train_pretend
 from tests.golden import GOLDEN, TinyMix
 
@@ -415,7 +416,7 @@ def test_a_reader_beside_two_savers_always_has_one_of_both(tmp_path: Path) -> No
         found = read(file)
         model = models[next(iter(found.layers.values())).settings.rank]
         for name, layer in found.layers.items():
-            own = model.get_submodule(name).lora_factors("style")  # type: ignore[operator]
+            own = factors_of(model.get_submodule(name), "style")
             held = (layer.parts["lora_A"], layer.parts["lora_B"])
             assert all(torch.equal(a, b) for a, b in zip(own, held, strict=True))
         reads += 1

@@ -24,8 +24,8 @@ from lora_core import (
     summary,
     trainable,
 )
-from lora_core._layers import FROZEN, LoRAMixin
-from lora_core._training import choosing
+from lora_core._layers import FROZEN, LoRAMixin, factors_of
+from lora_core._training import choice
 from lora_core.functional import delta_norm, lora_delta
 from lora_core.testing.laws import train_pretend
 
@@ -170,7 +170,7 @@ STEPS = st.one_of(st.tuples(st.sampled_from("abc"), COMINGS), st.tuples(st.just(
 
 
 def there(model: nn.Module) -> set[str]:
-    return {n for m in model.modules() if isinstance(m, LoRAMixin) for n in m.lora_configs}
+    return {n for m in model.modules() if isinstance(m, LoRAMixin) for n in m.lora_state.configs}
 
 
 @given(st.integers(0, 63), st.lists(STEPS, min_size=3, max_size=10))
@@ -333,7 +333,7 @@ def test_a_block_is_entered_once():
 
 def test_a_failure_at_any_layer_leaves_every_flag_as_it_was(monkeypatch):
     model = adapted("a", "b")
-    before, choose, calls = state(model), choosing._choose, []
+    before, choose, calls = state(model), choice._choose, []
 
     def failing(layer, names):
         calls.append(layer)
@@ -341,7 +341,7 @@ def test_a_failure_at_any_layer_leaves_every_flag_as_it_was(monkeypatch):
         if len(calls) == 2:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(choosing, "_choose", failing)
+    monkeypatch.setattr(choice, "_choose", failing)
     with pytest.raises(ZeroDivisionError):
         trainable(model, "a")
     assert state(model) == before
@@ -355,7 +355,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def updates(model: nn.Module, name: str) -> list[torch.Tensor]:
     """Each layer's dense update at strength 1, in float64."""
     return [
-        lora_delta(*(f.detach().double() for f in m.lora_factors(name)), m.lora_configs[name].scale)
+        lora_delta(
+            *(f.detach().double() for f in factors_of(m, name)), m.lora_state.configs[name].scale
+        )
         for m in model
     ]
 
@@ -375,18 +377,18 @@ def test_no_update_is_above_the_limit_and_its_direction_stays(dtype, max_norm, a
     for i, (old, new, norm) in enumerate(zip(before, updates(model, "a"), norms, strict=True)):
         if norm > max_norm:
             assert (
-                delta_norm(*model[i].lora_factors("a"), model[i].lora_configs["a"].scale)
+                delta_norm(*factors_of(model[i], "a"), model[i].lora_state.configs["a"].scale)
                 <= max_norm
             )
             assert new.norm() <= max_norm * (1 + 1e-12)
             assert new.norm() >= max_norm * (1 - 8 * eps)
             assert_close(new / new.norm(), old / norm, rtol=0, atol=8 * eps)
             # both factors shrank alike
-            for p, b in zip(model[i].lora_factors("a"), bits[2 * i :], strict=False):
+            for p, b in zip(factors_of(model[i], "a"), bits[2 * i :], strict=False):
                 share = (p.detach().norm() / b.norm()).item()
                 assert share == pytest.approx((max_norm / norm) ** 0.5, rel=8 * eps)
         else:
-            assert all(map(torch.equal, model[i].lora_factors("a"), bits[2 * i : 2 * i + 2]))
+            assert all(map(torch.equal, factors_of(model[i], "a"), bits[2 * i : 2 * i + 2]))
     # within the limit now, a second call changes no bit
     bits = [p.detach().clone() for p in parameters(model)]
     assert limit_norm(model, max_norm=max_norm).limited == {"a": ()}

@@ -1,6 +1,6 @@
 """The adapters on a model: listing them, and choosing which are active and how strongly."""
 
-from lora_core._adapters.listing import (
+from lora_core._adapters.names import (
     adapted_layers,
     adapter_names,
     check_known,
@@ -10,8 +10,8 @@ from lora_core._adapters.listing import (
     summary,
     without_base,
 )
-from lora_core._adapters.pinning import checkpoint_context, pinned
-from lora_core._adapters.scopes import disabled
+from lora_core._adapters.pins import checkpoint_context, pinned
+from lora_core._adapters.scopes import disabled, join, strengths_over
 from lora_core._adapters.strengths import scales
 
 __all__ = [
@@ -21,10 +21,12 @@ __all__ = [
     "checkpoint_context",
     "clean",
     "disabled",
+    "join",
     "layers_with",
     "parameters",
     "pinned",
     "scales",
+    "strengths_over",
     "summary",
     "without_base",
 ]

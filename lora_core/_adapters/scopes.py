@@ -1,34 +1,38 @@
 """Changes of what is active that can be taken back, in whatever order they come to an end."""
 
-import os
-import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_core._adapters.listing import layers_with, without_base
-from lora_core._config import AdapterConfig
+from lora_core._adapters.names import layers_with, without_base
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Selection, Strength, peek, refuse_pinned
+from lora_core._layers import (
+    LoRAMixin,
+    Selection,
+    State,
+    Strength,
+    change,
+    lock,
+    peek,
+    refuse_pinned,
+    select,
+    state_of,
+)
 
 
 class _Found(NamedTuple):
     """What a scope found on one layer.
 
     Attributes:
-        selection: What was selected.
-        configs: The settings that it was made for.
-        slots: The adapters there were: one that left and another that came under its name are two.
+        state: What the layer knew of its adapters; those that left and came again are others.
         hides: Whether the scope needs merged values hidden.
     """
 
-    selection: Selection
-    configs: Mapping[str, AdapterConfig]
-    slots: Mapping[str, object]
+    state: State
     hides: bool
 
 
@@ -45,10 +49,10 @@ class Scope:
     def __init__(self, layers: Iterable[LoRAMixin], *, entered: bool, hides: bool) -> None:
         self.entered = entered
         self._found: dict[LoRAMixin, _Found] = {}
-        with LOCK:
+        with lock():
             for layer in layers:
-                hidden = hides and layer.lora_merged is not None
-                found = _Found(layer.lora_selection, layer.lora_configs, layer.lora_slots, hidden)
+                state = layer.lora_state
+                found = _Found(state, hides and state.merged is not None)
                 others = _scopes(layer)
                 self._found[layer] = found
                 SCOPES[layer] = [weakref.ref(scope) for scope in [*others, self]]
@@ -60,7 +64,7 @@ class Scope:
 
     def undo(self) -> None:
         """Puts back what was there before."""
-        with LOCK:
+        with lock():
             for layer in list(self._found):
                 self._leave(layer)
 
@@ -68,15 +72,16 @@ class Scope:
         mine, scopes = self._found[layer], _scopes(layer)
         since = scopes[scopes.index(self) + 1 :]
         heir = next((scope for scope in since if scope.entered), None)
-        alive = "lora_configs" in vars(layer)
+        now = state_of(layer)
         if heir is not None:
             theirs = heir._found[layer]
-            if alive:
-                selection = _restored(layer, mine, theirs.selection)
-                heir._found[layer] = theirs._replace(selection=selection)
+            if now is not None:
+                selection = _restored(layer, mine.state, theirs.state.selection)
+                found = theirs.state._replace(selection=selection)
+                heir._found[layer] = theirs._replace(state=found)
             since = since[: since.index(heir)]
-        elif alive:
-            layer.lora_selection = _restored(layer, mine, layer.lora_selection)
+        elif now is not None:
+            change(layer, selection=_restored(layer, mine.state, now.selection))
         left = [scope for scope in scopes if scope is not self and scope not in since]
         if mine.hides and not any(scope._found[layer].hides for scope in left):
             _show(layer)
@@ -87,18 +92,6 @@ class Scope:
             del SCOPES[layer]
 
 
-LOCK = threading.RLock()  # to be read from this module each time: a fork renews it
-
-
-def _renew_lock() -> None:
-    """Gives a forked child a lock that no thread of its parent holds."""
-    global LOCK  # noqa: PLW0603  # the one of the parent may never be released here
-    LOCK = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
 # layer -> the scopes over it, the outermost first; one that nobody holds can't end any more
 SCOPES: weakref.WeakKeyDictionary[LoRAMixin, list[weakref.ref[Scope]]] = weakref.WeakKeyDictionary()
 
@@ -108,67 +101,67 @@ def _scopes(layer: LoRAMixin) -> list[Scope]:
     return [scope for scope in scopes if scope is not None and layer in scope._found]
 
 
-def _restored(layer: LoRAMixin, found: _Found, now: Selection) -> Selection:
-    """What was found, of the adapters that are still there.
+def _restored(layer: LoRAMixin, found: State, now: Selection) -> Selection:
+    """What was selected, of the adapters that are still there.
 
     Adapters that came in the meantime stay as active as they are `now`.
     """
-    names, strengths, gains, _ = found.selection
-    here = {n for n, slot in layer.lora_slots.items() if found.slots.get(n) is slot}
-    new = {name: s for name, s in zip(*now[:2], strict=True) if name not in here}
+    state = layer.lora_state
+    here = {n for n, slot in state.slots.items() if found.slots.get(n) is slot}
+    new = {name: s for name, s in zip(now.names, now.strengths, strict=True) if name not in here}
     weight = peek(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    fit = all((g.value.device, g.value.dtype) == (weight.device, wide) for g in gains)  # type: ignore[union-attr]
-    if not new and fit and found.configs is layer.lora_configs:
+    gains = [cast(Tensor, term.gain) for term in found.selection.bank]
+    fit = all((gain.device, gain.dtype) == (weight.device, wide) for gain in gains)
+    if not new and fit and found.configs is state.configs:
         return found.selection
-    old = {name: s for name, s in zip(names, strengths, strict=True) if name in here}
-    return layer.lora_select({**old, **new})
+    return select(layer, {**{n: s for n, s in found.strengths.items() if n in here}, **new})
 
 
 def join(layer: LoRAMixin, name: str, like: LoRAMixin) -> None:
     """Lets the blocks over `like` restore an adapter's strength on a layer that has it new, too."""
+    state = layer.lora_state
     for scope in _scopes(like):
-        theirs = scope._found[like]
-        if theirs.slots.get(name) is not layer.lora_slots[name]:
+        theirs = scope._found[like].state
+        if theirs.slots.get(name) is not state.slots[name]:
             continue
-        strengths = dict(zip(*theirs.selection[:2], strict=True))
         mine = scope._found.get(layer)
         if mine is None:
-            mine = _Found(layer.lora_select({}), layer.lora_configs, {}, hides=False)
+            mine = _Found(state._replace(selection=select(layer, {}), slots={}), hides=False)
             SCOPES.setdefault(layer, []).append(weakref.ref(scope))
-        before = dict(zip(*mine.selection[:2], strict=True))
+        before, strengths = mine.state.strengths, theirs.strengths
         wanted = before | ({name: strengths[name]} if name in strengths else {})
-        scope._found[layer] = mine._replace(
-            selection=layer.lora_select(wanted),
-            configs=layer.lora_configs,
-            slots={**mine.slots, name: layer.lora_slots[name]},
+        found = mine.state._replace(
+            selection=select(layer, wanted),
+            configs=state.configs,
+            slots={**mine.state.slots, name: state.slots[name]},
         )
+        scope._found[layer] = mine._replace(state=found)
 
 
 def strengths_over(layer: LoRAMixin, name: str) -> list[Strength]:
     """The strengths that an adapter of a layer will have when a block ends."""
-    chosen = [
-        dict(zip(*scope._found[layer].selection[:2], strict=True)) for scope in _scopes(layer)
-    ]
+    chosen = [scope._found[layer].state.strengths for scope in _scopes(layer)]
     return [strengths[name] for strengths in chosen if name in strengths]
 
 
 def _hide(layer: LoRAMixin) -> None:
     """Shows the original values of a merged layer."""
-    state = layer.lora_merged
-    if state is not None and state.merged is None and state.kept is not None:
-        layer.lora_merged = state._replace(
-            merged=layer.lora_held(), merged_bias=layer.lora_held_bias()
-        )
-        layer.lora_put(state.kept, state.bias)
+    kind, merged = layer.lora_kind, layer.lora_state.merged
+    if merged is not None and merged.merged is None and merged.kept is not None:
+        held, bias = kind.held(layer), kind.held_bias(layer)
+        change(layer, merged=merged._replace(merged=held, merged_bias=bias))
+        kind.put(layer, merged.kept, merged.bias)
 
 
 def _show(layer: LoRAMixin) -> None:
     """Shows the merged values again."""
-    state = vars(layer).get("lora_merged")
-    if state is not None and state.merged is not None:
-        layer.lora_put(state.merged, None if state.bias is None else state.merged_bias)
-        layer.lora_merged = state._replace(merged=None, merged_bias=None)
+    state = state_of(layer)
+    merged = None if state is None else state.merged
+    if merged is not None and merged.merged is not None:
+        bias = None if merged.bias is None else merged.merged_bias
+        layer.lora_kind.put(layer, merged.merged, bias)
+        change(layer, merged=merged._replace(merged=None, merged_bias=None))
 
 
 @contextmanager
@@ -192,10 +185,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
     refuse_pinned("disabled", layers.values())
     scope = Scope(layers.values(), entered=True, hides=True)
     try:
-        with LOCK:
+        with lock():
             for layer in layers.values():
-                if layer.lora_merged is None:
-                    layer.lora_selection = layer.lora_select({})
+                if layer.lora_state.merged is None:
+                    change(layer, selection=select(layer, {}))
                 else:
                     _hide(layer)
         yield

@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from lora_core._adapters import scopes
-from lora_core._adapters.listing import adapter_names, check_known, layers_with
+from lora_core._adapters.names import adapter_names, check_known, layers_with
 from lora_core._config import check_finite
 from lora_core._errors import (
     ConfigError,
@@ -16,7 +16,7 @@ from lora_core._errors import (
     UnsupportedLayerError,
     listed,
 )
-from lora_core._layers import LoRAMixin, LoRAWeight, Strength, refuse_pinned
+from lora_core._layers import LoRAMixin, Strength, change, lock, refuse_pinned, select
 
 
 class Scales(scopes.Scope, AbstractContextManager["Scales"]):
@@ -28,15 +28,15 @@ class Scales(scopes.Scope, AbstractContextManager["Scales"]):
 
     def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Strength]) -> None:
         self.strengths = dict(strengths)
-        self._chosen = [(layer, layer.lora_select(self.strengths)) for layer in layers.values()]
+        self._chosen = [(layer, select(layer, self.strengths)) for layer in layers.values()]
         self._choose(entered=False)
 
     def _choose(self, *, entered: bool) -> None:
-        with scopes.LOCK, ExitStack() as undo:
+        with lock(), ExitStack() as undo:
             super().__init__([layer for layer, _ in self._chosen], entered=entered, hides=False)
             undo.callback(self.undo)
             for layer, selection in self._chosen:
-                layer.lora_selection = selection
+                change(layer, selection=selection)
             undo.pop_all()
         self._ended = False
 
@@ -55,7 +55,7 @@ class Scales(scopes.Scope, AbstractContextManager["Scales"]):
                 "A `scales` block must be entered once, but this one is over and its strengths are"
                 " gone. Call `scales(model, ...)` again."
             )
-        with scopes.LOCK:
+        with lock():
             # an earlier block that ended in the meantime took this receipt back with it
             if self.over:
                 self._choose(entered=True)
@@ -137,7 +137,7 @@ def scales(
         )
     checked = {name: _strength(name, value) for name, value in asked.items()}
     _check_samples(layers, checked)
-    merged = [name for name, layer in layers.items() if layer.lora_merged is not None]
+    merged = [name for name, layer in layers.items() if layer.lora_state.merged is not None]
     if merged:
         raise MergeError(
             f"Strengths must be chosen while unmerged, but {listed(merged)} is merged."
@@ -199,8 +199,8 @@ def _check_samples(layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Stre
         f"{n} ({name})"
         for n, layer in layers.items()
         for name in sizes
-        if name in layer.lora_configs
-        and (isinstance(layer, LoRAWeight) or layer.lora_configs[name].dora)
+        if name in layer.lora_state.configs
+        and (layer.lora_kind.is_read or layer.lora_state.configs[name].dora)
     ]
     if shared:
         raise UnsupportedLayerError(

@@ -95,7 +95,7 @@ def combine(
     weights = [check_finite("weights", weight) for weight in _several("weights", weights)]
     _check(adapters, weights, rank, method, density)
     limit = None if rank is None else check_limit(rank)
-    check_dtype(dtype)
+    check_dtype("dtype", dtype)
     check_seed(seed)
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.layers))
     tell, layers = Teller(told, len(names)), {}

@@ -19,7 +19,7 @@ from lora_core._config import AdapterConfig, check_dtype, check_name
 from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._injection import walk
-from lora_core._layers import PROJECTIONS, LoRAMixin, mixin_for
+from lora_core._layers import PROJECTIONS, LoRAMixin, kind_for
 
 Model = nn.Module | str | os.PathLike[str]
 _MOST_DIMENSIONS = 5  # of a convolution's weight
@@ -121,7 +121,7 @@ def extract(
     """
     limit = check_limit(rank, energy, error)
     _check(svd, limit)
-    check_dtype(dtype)
+    check_dtype("dtype", dtype)
     check_name(name)
     check_seed(seed)
     sides = _side("base", base), _side("tuned", tuned)
@@ -207,7 +207,7 @@ def _side(what: str, model: Model) -> _Side:
     active = [
         clean(name)
         for name, m in model.named_modules()
-        if isinstance(m, LoRAMixin) and m.lora_selection.names and m.lora_merged is None
+        if isinstance(m, LoRAMixin) and m.lora_state.selection.names and m.lora_state.merged is None
     ]
     if active:
         raise ConfigError(
@@ -253,14 +253,14 @@ def _of_model(
 ) -> Iterator[_Layer]:
     found: dict[Place, _Layer] = {}
     for candidate in walk(model):
-        place, mixin = place_of(candidate.name, tensors), mixin_for(candidate.module)
-        if place is None or mixin is None or len(shapes[place.tensor]) < 2:
+        place, kind = place_of(candidate.name, tensors), kind_for(candidate.module)
+        if place is None or kind is None or len(shapes[place.tensor]) < 2:
             continue
         # a module's weight may be a parameter of its own too, which knows less of it
         if place in found and candidate.name == place.tensor:
             continue
         if candidate.adaptable and not candidate.problem:
-            found[place] = _Layer(candidate.name, place, mixin.lora_kind, mixin.lora_matrix)
+            found[place] = _Layer(candidate.name, place, kind.name, kind.matrix)
     packed = {place.tensor for place in found if place.part is not None}
     for place, layer in found.items():  # by its parts, or whole
         if place.part is not None or place.tensor not in packed:

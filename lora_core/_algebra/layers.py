@@ -13,7 +13,7 @@ from lora_core._algebra.products import Limit, Spectrum, distance, is_finite
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter, AdapterLayer
-from lora_core._layers import LoRAMixin, LoRAWeight, non_finite
+from lora_core._layers import kind_named, non_finite
 
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 # what a factor of two dimensions may be for
@@ -123,16 +123,16 @@ def matrices(layer: AdapterLayer) -> tuple[Tensor, Tensor]:
     Shape:
         - Output: ``(..., R, in)`` and ``(..., out, R)``
     """
-    mixin = LoRAWeight if layer.kind == "weight" else LoRAMixin
+    kind = kind_named(layer.kind)
     config, parts = layer.settings, layer.parts
     lora_A, lora_B = parts["lora_A"], parts["lora_B"]
     if config.tucker:
         lora_A = functional.tucker_down(widened(lora_A), widened(parts["lora_mid"]))
     if config.subtracted:
-        lora_A, lora_B = mixin.lora_subtracted(
+        lora_A, lora_B = kind.subtracted(
             *(widened(f) for f in (lora_A, lora_B, parts["lora_A0"], parts["lora_B0"]))
         )
-    return mixin.lora_as_matrices(lora_A, lora_B)
+    return kind.as_matrices(lora_A, lora_B)
 
 
 def scaled(layer: AdapterLayer, weight: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ def resize(
     """
     adapter = check_adapter("adapter", adapter)
     limit = check_limit(rank, energy, error)
-    check_dtype(dtype)
+    check_dtype("dtype", dtype)
     tell, layers = Teller(told, len(adapter.layers)), {}
     with torch.no_grad():
         for name, layer in adapter.layers.items():

@@ -9,7 +9,7 @@ from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.conforming import apart
 from lora_core._formats.naming import Host, Resolution, resolve
 from lora_core._injection import Candidate
-from lora_core._layers import LoRAWeight, Slot, mixin_of, peek
+from lora_core._layers import kind_of, peek
 
 Candidates = Mapping[str, Mapping[str, Candidate]]  # by the part of a pipeline, then by name
 
@@ -36,7 +36,7 @@ def found_in(file: Adapter, candidates: Candidates, where: str) -> Found:
     # a weight that attention reads itself has its bias beside it
     for name in [name for name in wholes if name in first.found and "bias" in wholes[name].parts]:
         part, path = first.found[name]
-        if isinstance(candidates[part][path].module, Slot | LoRAWeight):
+        if kind_of(candidates[part][path].module).is_read:
             lost[name] = wholes[name]
     if not lost:
         return Found(first, file.layers)
@@ -73,5 +73,5 @@ def _hosts(candidates: Candidates, *, vectors: bool) -> dict[str, list[Host]]:
         for name, candidate in mine.items():
             shape = tuple(peek(candidate.module).shape)
             if vectors or len(shape) > 1:
-                found[part].append(Host(name, mixin_of(candidate.module).lora_kind, shape))
+                found[part].append(Host(name, kind_of(candidate.module).name, shape))
     return found

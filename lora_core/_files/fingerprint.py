@@ -75,7 +75,7 @@ def _is_stored(module: nn.Module | Slot) -> bool:
 def original(module: nn.Module | Slot) -> Tensor:
     """A layer's weight as it is unmerged."""
     weight = peek(module)
-    merged = module.lora_merged if isinstance(module, LoRAMixin) else None
+    merged = module.lora_state.merged if isinstance(module, LoRAMixin) else None
     kept = merged.kept if merged is not None else None
     assert isinstance(weight, Tensor)
     return weight if kept is None else kept

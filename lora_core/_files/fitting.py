@@ -8,7 +8,7 @@ from lora_core._errors import CorruptFileError, MismatchError, listed
 from lora_core._files.fingerprint import differing
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._injection import Candidate
-from lora_core._layers import Slot, mixin_for, part_shapes, peek, sizes
+from lora_core._layers import Slot, kind_of, peek
 
 
 def resolve(
@@ -107,15 +107,14 @@ def compare_base(
 def _misfit(name: str, candidate: Candidate, layer: AdapterLayer) -> str:
     """How a layer differs from the one that its adapter was made for; "" if it doesn't."""
     module = candidate.module
-    mixin = mixin_for(module)
-    assert mixin is not None
-    if mixin.lora_kind != layer.kind:
+    kind = kind_of(module)
+    if kind.name != layer.kind:
         # a matrix is the same whether it is called or read
         kinds = {"linear", "weight"} if layer.parts["lora_A"].ndim == 2 else {layer.kind}
-        if not {mixin.lora_kind, layer.kind} <= kinds:
-            return f"{name} (file a layer of kind {layer.kind!r}, model {mixin.lora_kind!r})"
+        if not {kind.name, layer.kind} <= kinds:
+            return f"{name} (file a layer of kind {layer.kind!r}, model {kind.name!r})"
     try:
-        mine = part_shapes(module, layer.settings)
+        mine = kind.shapes(module, layer.settings)
     except ValueError:  # too few dimensions for this form
         mine = {}
     theirs = {part: p.shape for part, p in layer.parts.items()}
@@ -123,6 +122,6 @@ def _misfit(name: str, candidate: Candidate, layer: AdapterLayer) -> str:
         return ""
     if layer.kind == "linear":
         sizes_there = (layer.parts["lora_A"].shape[1], layer.parts["lora_B"].shape[0])
-        return "{} (file {} -> {}, model {} -> {})".format(name, *sizes_there, *sizes(module))
+        return "{} (file {} -> {}, model {} -> {})".format(name, *sizes_there, *kind.sizes(module))
     part = next((p for p in theirs if theirs[p] != mine.get(p)), "lora_A")
     return f"{name} (file {part} {tuple(theirs[part])}, model {mine.get(part)})"

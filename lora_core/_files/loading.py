@@ -16,9 +16,17 @@ from lora_core._files.placing import is_placed, placed
 from lora_core._formats import Adapter, AdapterLayer, read
 from lora_core._formats.loralib import Enabled
 from lora_core._formats.neutral import part_of
-from lora_core._injection import Candidate, Graft, graft, modules_of, regraft, walk
-from lora_core._injection.planning import describe, parameters_of
-from lora_core._layers import mixin_of, peek, refuse_pinned, reserved, sizes
+from lora_core._injection import (
+    Candidate,
+    Graft,
+    describe,
+    graft,
+    modules_of,
+    parameters_of,
+    regraft,
+    walk,
+)
+from lora_core._layers import STATE, kind_of, peek, refuse_pinned, reserved_parts, sizes
 from lora_core._reports import Report, count
 
 
@@ -158,7 +166,8 @@ def _room(
     name: str, candidate: Candidate, file: Adapter, adapter: str, asked: int | None
 ) -> int | None:
     """The ranks that a layer of the file makes room for, None for those it has."""
-    rank, old = file.layers[name].settings.rank, vars(candidate.module).get("lora_configs", {})
+    rank, state = file.layers[name].settings.rank, vars(candidate.module).get(STATE)
+    old = {} if state is None else state.configs
     kept = old[adapter].reserve_rank if adapter in old else None
     vector = min(sizes(candidate.module)) == 1  # which no file has more than one rank for
     if vector or (asked is None and kept is None):
@@ -179,7 +188,8 @@ def _graft(candidate: Candidate, layer: AdapterLayer, room: int | None) -> Graft
     config = layer.settings
     if config.reserve_rank != room:
         config = dataclasses.replace(config, reserve_rank=room)
-    refusal = room and mixin_of(candidate.module).lora_refusal(candidate.module, config)  # type: ignore[arg-type]
+    kind = kind_of(candidate.module)
+    refusal = room and kind.refusal(candidate.module, config)
     if refusal:
         raise ConfigError(f"A setting must fit its layer, but {refusal} at {candidate.name!r}.")
     with torch.inference_mode(mode=False):
@@ -189,6 +199,6 @@ def _graft(candidate: Candidate, layer: AdapterLayer, room: int | None) -> Graft
                 (p.clone() if p.is_inference() else p).to(weight.device),
                 requires_grad=not part.endswith("0"),
             )
-            for part, p in reserved(candidate.module, config, layer.parts).items()
+            for part, p in reserved_parts(kind, config, layer.parts).items()
         }
         return Graft(candidate.module, config, parts)

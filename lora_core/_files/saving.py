@@ -15,7 +15,7 @@ from lora_core._formats import Adapter, AdapterLayer, write
 from lora_core._formats.folding import without_first
 from lora_core._formats.peft import CONFIG, WEIGHTS
 from lora_core._injection import walk
-from lora_core._layers import LoRAMixin, part_shapes
+from lora_core._layers import LoRAMixin, parts_of, stored_parts
 from lora_core._reports import SaveReport
 
 
@@ -131,8 +131,8 @@ def adapter_of(
     for n, layer in layers.items():
         part, dot, path = n.partition(".") if "" not in models else ("", "", "")
         found[n] = AdapterLayer(
-            layer.lora_kind,
-            layer.lora_configs[name],
+            layer.lora_kind.name,
+            layer.lora_state.configs[name],
             held[n],
             others.get(n, ()),
             component=part if dot else "",
@@ -166,8 +166,8 @@ def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, 
     held: dict[str, Mapping[str, Tensor]] = {}
     odd = []
     for n, layer in layers.items():
-        config, parts = layer.lora_configs[name], layer.lora_parts(name)
-        for part, shape in part_shapes(layer, config).items():
+        config, parts = layer.lora_state.configs[name], parts_of(layer, name)
+        for part, shape in layer.lora_kind.shapes(layer, config).items():
             if parts[part].shape != shape:
                 has = tuple(parts[part].shape)
                 odd.append(f"{n}.{part} {has} (rank {config.rank} has {shape})")
@@ -178,8 +178,9 @@ def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, 
             " Inject one of that rank instead of replacing tensors."
         )
     for n, layer in layers.items():
-        if layer.lora_configs[name].room > layer.lora_configs[name].rank:
-            held[n] = _cut(n, held[n], layer.lora_stored(name))
+        config = layer.lora_state.configs[name]
+        if config.room > config.rank:
+            held[n] = _cut(n, held[n], stored_parts(layer, name))
     return held
 
 

@@ -11,7 +11,7 @@ from lora_core._config import AdapterConfig
 from lora_core._errors import MismatchError
 from lora_core._formats.fitting import fitted
 from lora_core._formats.neutral import AdapterLayer
-from lora_core._layers import Slot, mixin_of, peek, sizes
+from lora_core._layers import Slot, kind_of, peek, sizes
 
 
 def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: str) -> AdapterLayer:
@@ -24,13 +24,11 @@ def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: s
     Raises:
         MismatchError: If it doesn't fit the module.
     """
-    mixin = mixin_of(module)
+    kind = kind_of(module)
     weight = peek(module)
     # what is whole has the layout of the weight itself
     turned = found.config is not None and _is_transposed(module)
-    found = fitted(
-        name, found, weight.shape[::-1] if turned else weight.shape, mixin.lora_kind, where
-    )
+    found = fitted(name, found, weight.shape[::-1] if turned else weight.shape, kind.name, where)
     if found.config is None:
         found = _as_factors(found, module)
     if "lora_in_magnitude" in found.parts:
@@ -40,7 +38,7 @@ def conformed(name: str, found: AdapterLayer, module: nn.Module | Slot, where: s
             f"The adapter of {name!a} in {where!r} must find a bias to add to, but the layer has"
             " none. Load it into the model it was made for."
         )
-    return replace(found, kind=mixin.lora_kind, path="", spelling="dotted", component="")
+    return replace(found, kind=kind.name, path="", spelling="dotted", component="")
 
 
 def apart(name: str, layer: AdapterLayer) -> dict[str, AdapterLayer]:
@@ -94,8 +92,8 @@ def joined(name: str, factors: AdapterLayer, addition: AdapterLayer, where: str)
 def _is_transposed(module: nn.Module | Slot) -> bool:
     """Whether a layer of the linear kind stores its matrix (in, out)."""
     weight = peek(module)
-    mixin = mixin_of(module)
-    return mixin.lora_kind == "linear" and mixin.lora_matrix(weight) is not weight
+    kind = kind_of(module)
+    return kind.name == "linear" and kind.matrix(weight) is not weight
 
 
 def _check_columns(name: str, found: AdapterLayer, module: nn.Module | Slot, where: str) -> None:
@@ -121,8 +119,8 @@ def _as_factors(found: AdapterLayer, module: nn.Module | Slot) -> AdapterLayer:
         changes = {part: p - own[part].detach().to("cpu", p.dtype) for part, p in changes.items()}
     weight, bias = changes.get("weight"), changes.get("bias")
     parts = _factors(weight, module) if weight is not None else _none(module, bias)
-    mixin, like = mixin_of(module), parts["lora_A"]
-    rank = like.shape[mixin.lora_rank_dims[0]]
+    kind, like = kind_of(module), parts["lora_A"]
+    rank = like.shape[kind.rank_dims[0]]
     config = AdapterConfig(
         rank=rank,
         # a bias alone leaves the matrix as it is
@@ -137,8 +135,8 @@ def _as_factors(found: AdapterLayer, module: nn.Module | Slot) -> AdapterLayer:
 
 
 def _factors(weight: Tensor, module: nn.Module | Slot) -> dict[str, Tensor]:
-    mixin = mixin_of(module)
-    matrix = mixin.lora_matrix(weight)
+    kind = kind_of(module)
+    matrix = kind.matrix(weight)
     size, out = sizes(module)
     identity = torch.eye(min(size, out), dtype=matrix.dtype).expand(*matrix.shape[:-2], -1, -1)
     lora_A, lora_B = (identity, matrix) if size < out else (matrix, identity)
@@ -154,7 +152,7 @@ def _none(module: nn.Module | Slot, like: Tensor | None) -> dict[str, Tensor]:
 
 def _shaped(parts: dict[str, Tensor], module: nn.Module | Slot) -> dict[str, Tensor]:
     """Matrices in the shapes that the module's own factors have."""
-    if mixin_of(module).lora_kind != "conv":
+    if kind_of(module).name != "conv":
         return parts
     weight = peek(module)
     _, size, *kernel = weight.shape

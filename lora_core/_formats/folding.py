@@ -11,7 +11,7 @@ from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError
 from lora_core._formats.neutral import AdapterLayer
-from lora_core._layers import LoRAMixin, LoRAWeight
+from lora_core._layers import kind_named
 
 
 def folded(name: str, layer: AdapterLayer) -> AdapterLayer:
@@ -55,8 +55,7 @@ def without_first(layer: AdapterLayer) -> AdapterLayer:
     """The first factors, which are subtracted, as a part of plain ones of twice the rank."""
     config, parts = layer.settings, dict(layer.parts)
     names = ("lora_A", "lora_B", "lora_A0", "lora_B0")
-    mixin = LoRAWeight if layer.kind == "weight" else LoRAMixin
-    down, up = mixin.lora_subtracted(*(_wide(parts.pop(part)) for part in names))
+    down, up = kind_named(layer.kind).subtracted(*(_wide(parts.pop(part)) for part in names))
     parts |= {"lora_A": down.to(config.dtype), "lora_B": up.to(config.dtype)}
     rank = 2 * config.rank
     return _with(layer, parts, rank=rank, alpha=config.scale * rank, rslora=False, init="kaiming")

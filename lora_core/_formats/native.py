@@ -25,14 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core._config import (
-    AdapterConfig,
-    check_alpha,
-    check_dropout,
-    check_flag,
-    check_init,
-    check_name,
-)
+from lora_core._config import SETTINGS, AdapterConfig, check_alpha, check_name
 from lora_core._errors import ConfigError, CorruptFileError, listed
 from lora_core._formats.neutral import Adapter, AdapterLayer
 from lora_core._formats.showing import shown
@@ -42,9 +35,8 @@ _VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KEYS = ("version", "adapter", "layers", "base")
 _BASE_KEYS = ("dtype", "samples")
-_DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-_FLAGS = ("rslora", "dora", "dora_in", "bias", "tucker")
-_LAYER_KEYS = ("alpha", "kind", "rank", *_DROPOUTS, *_FLAGS, "init", "aliases", "part")
+_FILED = tuple(key for key, setting in SETTINGS.items() if setting.filed)
+_LAYER_KEYS = tuple(dict.fromkeys(("alpha", "kind", "rank", *_FILED, "aliases", "part")))
 KINDS = ("linear", "conv", "embedding", "weight")
 RESERVED = ("format", "lora_core")
 
@@ -75,10 +67,11 @@ def _entry(name: str, layer: AdapterLayer) -> dict[str, Any]:
             f"Every layer must have factors to be saved, but {name!r} holds a {layer.kind}. Merge"
             " it into the base instead."
         )
-    entry: dict[str, Any] = {"alpha": config.alpha, "kind": layer.kind, "rank": config.rank}
-    entry |= {key: value for key in (*_DROPOUTS, *_FLAGS) if (value := getattr(config, key))}
-    if config.subtracted:
-        entry["init"] = config.init
+    entry: dict[str, Any] = {"kind": layer.kind}
+    for key in _FILED:
+        value = getattr(config, key)
+        if SETTINGS[key].filed == "always" or value != SETTINGS[key].default:
+            entry[key] = value
     if layer.aliases:
         entry["aliases"] = list(layer.aliases)
     if layer.component:
@@ -141,14 +134,13 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise ValueError(f"{listed([name])} has no alpha, which sets the scale. Save it again.")
     first = tensors.get(_key(name, "lora_A"))
     # a rank is checked against the tensors, and any number of them against the layer
-    config = AdapterConfig(
-        rank=rank,
-        alpha=check_alpha(alpha, 1),
-        dtype=torch.float32 if first is None else first.dtype,
-        init=check_init(entry.get("init", "kaiming")),
-        **{key: check_dropout(entry.get(key, 0.0), key) for key in _DROPOUTS},  # type: ignore[arg-type]
-        **{key: check_flag(key, entry[key]) for key in _FLAGS if key in entry},
-    )
+    settings = {
+        key: check(key, entry.get(key, SETTINGS[key].default))
+        for key in _FILED
+        if (check := SETTINGS[key].check)
+    }
+    dtype = torch.float32 if first is None else first.dtype
+    config = AdapterConfig(rank=rank, alpha=check_alpha(alpha, 1), dtype=dtype, **settings)
     keys = {part: _key(name, part) for part in config.parts}
     missing = [key for key in keys.values() if key not in tensors]
     if missing:

@@ -1,18 +1,20 @@
 """Choose, then act: `plan` says what `inject` would do, and `eject` takes it back."""
 
-from lora_core._injection.exchanging import regraft
-from lora_core._injection.planning import plan
-from lora_core._injection.surgery import Graft, eject, graft, inject
-from lora_core._injection.targets import DIALECTS, Candidate, modules_of, walk
+from lora_core._injection.candidates import Candidate, modules_of, walk
+from lora_core._injection.dialects import DIALECTS
+from lora_core._injection.planner import describe, parameters_of, plan
+from lora_core._injection.surgery import Graft, eject, graft, inject, regraft
 
 __all__ = [
     "DIALECTS",
     "Candidate",
     "Graft",
+    "describe",
     "eject",
     "graft",
     "inject",
     "modules_of",
+    "parameters_of",
     "plan",
     "regraft",
     "walk",

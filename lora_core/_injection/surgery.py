@@ -3,31 +3,39 @@
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
-from lora_core._adapters import layers_with
-from lora_core._config import AdapterConfig
+from lora_core._adapters import join, layers_with, strengths_over
+from lora_core._config import AdapterConfig, Settings, with_settings
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
-from lora_core._injection.guarding import is_guarded
-from lora_core._injection.planning import draw_up, settings_of
-from lora_core._injection.sampling import sampled
+from lora_core._injection.guards import is_guarded
+from lora_core._injection.planner import draw_up
+from lora_core._injection.rollback import all_or_nothing, freeze_module, thaw
+from lora_core._injection.samples import sampled
 from lora_core._injection.targets import Patterns
-from lora_core._injection.transactions import all_or_nothing, freeze_module, thaw
 from lora_core._layers import (
     FROZEN,
     LoRAMixin,
     LoRAWeight,
     Slot,
+    Strength,
     WeightReader,
     adapted_class,
     attach,
+    change,
     detach,
     drawing,
+    exchange,
+    factor_names,
     fresh_parts,
+    kind_of,
+    lock,
+    parts_of,
     refuse_pinned,
+    select,
 )
 from lora_core._reports import EjectReport, Report, count
 
@@ -41,6 +49,7 @@ class Graft:
     parts: Mapping[str, nn.Parameter]
 
 
+@with_settings
 def inject(
     model: nn.Module,
     rank: int = 4,
@@ -50,18 +59,9 @@ def inject(
     exclude: Patterns = (),
     rules: dict[str, dict[str, Any]] | None = None,
     name: str = "default",
-    dropout: float = 0.0,
-    dtype: torch.dtype | None = None,
-    rslora: bool = False,
-    dora: bool = False,
-    bias: bool = False,
-    tucker: bool = False,
-    rank_dropout: float = 0.0,
-    module_dropout: float = 0.0,
-    init: str = "kaiming",
-    reserve_rank: int | None = None,
     samples: Iterable[Any] | None = None,
     freeze: bool = True,
+    **settings: Unpack[Settings],
 ) -> Report:
     """Puts a fresh adapter on layers of `model`, in place, all or nothing; changes no output.
 
@@ -88,10 +88,9 @@ def inject(
         >>> [n for n, p in block.named_parameters() if p.requires_grad]
         ['to_q.lora_A_default', 'to_q.lora_B_default']
     """
-    settings = settings_of(locals())
     report, chosen, modules = draw_up(
         model,
-        settings,
+        {"rank": rank, "alpha": alpha, **settings},
         targets=targets,
         exclude=exclude,
         rules={} if rules is None else rules,
@@ -108,7 +107,9 @@ def inject(
             # the generator takes 32 bits of a seed and drops the rest
             generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
             covariance, module = covariances.get(layer.name), candidate.module
-            parts = fresh_parts(module, layer.config, generator, covariance, layer.shapes)
+            parts = fresh_parts(
+                module, kind_of(module), layer.config, generator, covariance, layer.shapes
+            )
             grafts.append(Graft(module, layer.config, parts))
     graft(modules, name, grafts, freeze=freeze)
     return report
@@ -140,6 +141,83 @@ def graft(
         slot: dict[str, object] = {name: object()}
         for g in grafts:
             attach(g.module, name, g.config, g.parts, strength, slot)
+
+
+def regraft(
+    modules: Sequence[nn.Module], name: str, grafts: Sequence[Graft], strength: float | None
+) -> None:
+    """Puts another adapter in the place of one, entirely or not at all.
+
+    Layers that only the old one had lose it, and those that only the new one has get it. What
+    trains stays as it is, of the host and of other adapters too.
+
+    Args:
+        modules: Every module of the model, its root first.
+        name: The adapter's name, which is on the model.
+        grafts: What it is to be, layer by layer.
+        strength: Its strength; None for the one that it has.
+    """
+    holders = [m for m in modules if isinstance(m, LoRAMixin) and name in m.lora_state.configs]
+    like, new = holders[0], {id(g.module) for g in grafts}
+    slot, usual = {name: like.lora_state.slots[name]}, like.lora_state.strengths.get(name)
+    _check_samples(holders, name, grafts, strength)
+    training = any(p.requires_grad for m in holders for p in parts_of(m, name).values())
+    # for the whole: a choice, or a pin, comes before or after
+    with lock(), all_or_nothing(modules[0], [m for m in modules if m._parameters]):
+        for g in grafts:
+            if isinstance(g.module, LoRAMixin) and name in g.module.lora_state.configs:
+                _pass_on_flags(g.module, g.module, name, g.parts)
+                exchange(g.module, name, g.config, g.parts)
+                if strength is not None:
+                    chosen = {**g.module.lora_state.strengths, name: strength}
+                    change(g.module, selection=select(g.module, chosen))
+                continue
+            for p in g.parts.values():
+                p.requires_grad_(training and p.requires_grad)
+            layer = attach(
+                g.module, name, g.config, g.parts, usual if strength is None else strength, slot
+            )
+            _pass_on_flags(layer, like, name, g.parts)
+            join(layer, name, like)
+        for layer in [m for m in holders if id(m) not in new]:
+            detach(layer, name)
+
+
+def _check_samples(
+    holders: Sequence[LoRAMixin], name: str, grafts: Sequence[Graft], strength: float | None
+) -> None:
+    """Refuses what would be of one weight for all samples where each has its own strength."""
+    strengths: list[Strength | None] = [s for m in holders for s in strengths_over(m, name)]
+    if strength is None:
+        strengths += [m.lora_state.strengths.get(name) for m in holders]
+    if not any(isinstance(s, tuple) for s in strengths):
+        return
+    shared = [g for g in grafts if kind_of(g.module).is_read or g.config.dora]
+    if shared:
+        kinds = {"DoRA" if g.config.dora else "a parameter that is read" for g in shared}
+        raise UnsupportedLayerError(
+            f"A strength per sample must go to layers that see samples, but {name!r} has one, and"
+            f" the new file has {' and '.join(sorted(kinds))} on {len(shared)} layers. Choose one"
+            " number with `scales` first."
+        )
+
+
+def _pass_on_flags(
+    layer: LoRAMixin, like: LoRAMixin, name: str, parts: Mapping[str, nn.Parameter]
+) -> None:
+    """Lets whatever keeps an adapter's factors frozen on one layer keep these frozen as well."""
+    record = dict(vars(layer).get(FROZEN, {}))
+    old = factor_names([name])
+    for holder, found in vars(like).get(FROZEN, {}).items():
+        flags = {key: flag for key, flag in found.items() if key in old}
+        if not flags:
+            continue
+        kept = {key: flag for key, flag in record.get(holder, {}).items() if key not in old}
+        mine = [f"{part}_{name}" for part in parts if not part.endswith("0")]
+        usual = any(flags.values())
+        record[holder] = kept | {key: flags.get(key, usual) for key in mine}
+    if record:
+        vars(layer)[FROZEN] = record
 
 
 def eject(model: nn.Module, name: str | None = None) -> EjectReport:
@@ -176,9 +254,8 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     names = (
         [name] if name is not None else list({**dict.fromkeys(_names(layers.values())), **orphans})
     )
-    merged = [
-        n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is not None
-    ]
+    states = {n: m.lora_state.merged for n, m in layers.items()}
+    merged = [n for n, state in states.items() if state is not None and state.kept is not None]
     if merged:
         raise MergeError(
             f"An adapter must be unmerged to be ejected, but {listed(merged)} is merged."
@@ -198,7 +275,9 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
             " changed since (parametrized or sharded). Undo that first, then eject."
         )
     left = [
-        m for m in layers.values() if m.lora_merged is not None and set(m.lora_configs) - set(names)
+        n
+        for n, state in states.items()
+        if state is not None and set(layers[n].lora_state.configs) - set(names)
     ]
     if left:
         raise MergeError(
@@ -209,16 +288,16 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
         [
             p
             for m in layers.values()
-            for n in m.lora_configs
+            for n in m.lora_state.configs
             if n in names
-            for p in m.lora_parts(n).values()
+            for p in parts_of(m, n).values()
         ]
     )
     ours = (LoRAMixin, WeightReader)
     changed = [m for m in modules if FROZEN in vars(m) or isinstance(m, ours)]
     with all_or_nothing(model, changed):
         for layer in layers.values():
-            for adapter in [n for n in names if n in layer.lora_configs]:
+            for adapter in [n for n in names if n in layer.lora_state.configs]:
                 detach(layer, adapter)
         restored = sum(thaw(m, names) for m in changed)
     return EjectReport(tuple(names), tuple(layers), gone, restored)
@@ -231,4 +310,5 @@ def _has_our_class(layer: LoRAMixin) -> bool:
 
 
 def _names(layers: Iterable[LoRAMixin]) -> list[str]:
-    return list(dict.fromkeys(name for layer in layers for name in layer.lora_configs))
+    configs = (layer.lora_state.configs for layer in layers)
+    return list(dict.fromkeys(name for found in configs for name in found))

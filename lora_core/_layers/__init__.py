@@ -1,34 +1,39 @@
 """Layers that carry adapters."""
 
-from lora_core._layers.anatomy import peek
-from lora_core._layers.attaching import (
-    OWN,
-    attach,
-    call_me,
-    detach,
-    exchange,
-    factor_names,
-    non_finite,
-    reserved,
-)
-from lora_core._layers.calling import BARE, PINS, Pin, at_rest, changing, pin_of, refuse_pinned
+from lora_core._layers.attachment import attach, call_me, detach, exchange
+from lora_core._layers.calls import BARE, PINS, at_rest, changing, pin_of, refuse_pinned
 from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
-from lora_core._layers.drawing import drawing, fresh_parts
 from lora_core._layers.embedding import LoRAEmbedding
-from lora_core._layers.explaining import explain
-from lora_core._layers.fitting import (
-    checked_settings,
-    layer_config,
-    mixin_for,
-    mixin_of,
-    part_shapes,
-    sizes,
-    why_not,
-)
+from lora_core._layers.explanation import explain
+from lora_core._layers.fit import kind_for, kind_of, layer_config, sizes, why_not
+from lora_core._layers.kind import Kind, kind_named, peek, runs_as_torch, swap
 from lora_core._layers.linear import LoRALinear
-from lora_core._layers.mixin import KINDS, LoRAMixin, adapted_class, refuse_merged, swap
-from lora_core._layers.state import FROZEN, Merged, Selection, Strength
-from lora_core._layers.weights import (
+from lora_core._layers.mixin import LoRAMixin, adapted_class, refuse_merged
+from lora_core._layers.parts import (
+    drawing,
+    factor_names,
+    factors_of,
+    fresh_parts,
+    non_finite,
+    parts_of,
+    reserved_parts,
+    stored_parts,
+    trained_parts,
+)
+from lora_core._layers.state import (
+    FROZEN,
+    STATE,
+    Merged,
+    Selection,
+    State,
+    Strength,
+    change,
+    lock,
+    select,
+    state_of,
+)
+from lora_core._layers.updates import addition, bias_delta, delta_of, stacked, update_norm
+from lora_core._layers.weight import (
     CHILD,
     PROJECTIONS,
     LoRAWeight,
@@ -42,10 +47,10 @@ __all__ = [
     "BARE",
     "CHILD",
     "FROZEN",
-    "KINDS",
-    "OWN",
     "PINS",
     "PROJECTIONS",
+    "STATE",
+    "Kind",
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",
@@ -54,36 +59,49 @@ __all__ = [
     "LoRAMixin",
     "LoRAWeight",
     "Merged",
-    "Pin",
     "Selection",
     "Slot",
+    "State",
     "Strength",
     "WeightReader",
     "adapted_class",
+    "addition",
     "at_rest",
     "attach",
+    "bias_delta",
     "call_me",
+    "change",
     "changing",
-    "checked_settings",
+    "delta_of",
     "detach",
     "drawing",
     "exchange",
     "explain",
     "factor_names",
+    "factors_of",
     "fresh_parts",
     "host_of",
+    "kind_for",
+    "kind_named",
+    "kind_of",
     "layer_config",
-    "mixin_for",
-    "mixin_of",
+    "lock",
     "non_finite",
-    "part_shapes",
+    "parts_of",
     "peek",
     "pin_of",
     "refuse_merged",
     "refuse_pinned",
-    "reserved",
+    "reserved_parts",
+    "runs_as_torch",
+    "select",
     "sizes",
     "slots",
+    "stacked",
+    "state_of",
+    "stored_parts",
     "swap",
+    "trained_parts",
+    "update_norm",
     "why_not",
 ]

@@ -1,20 +1,19 @@
 """Adapted convolutions."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lora_core import functional
-from lora_core._config import AdapterConfig
-from lora_core._layers.adopting import Adopting, plain_attributes
-from lora_core._layers.anatomy import Shape, peek
-from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin
-from lora_core._layers.state import Update
+from lora_core._config import AdapterConfig, NamedSettings
+from lora_core._layers.attachment import adopt, plain_attributes
+from lora_core._layers.kind import KINDS, NAMED, Kind, Shape, Update, peek
+from lora_core._layers.mixin import ADAPTED, LoRAMixin
 
 
-class ConvMixin(LoRAMixin):
+class ConvKind(Kind):
     """Adapters on a convolution: down to the rank in its own geometry, then up at every place.
 
     ``lora_A_<name>`` is (rank, in_channels / groups, *kernel) and ``lora_B_<name>`` (out_channels,
@@ -22,41 +21,27 @@ class ConvMixin(LoRAMixin):
     *kernel) stands between them.
     """
 
-    lora_kind: ClassVar[str] = "conv"
+    name = "conv"
+    is_matrix = False
 
-    kernel_size: tuple[int, ...]
-
-    @classmethod
-    def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
+    def sizes(self, host: Any) -> tuple[int, int]:
         """What one output sees, in numbers, and the output channels."""
         out_channels, *seen = peek(host).shape
         return math.prod(seen), out_channels
 
-    @classmethod
-    def lora_shapes(cls, host: nn.Module, config: AdapterConfig) -> dict[str, Shape]:
+    def shapes(self, host: Any, config: AdapterConfig) -> dict[str, Shape]:
         """The shapes of the parts, as weights of convolutions."""
         out, size, *kernel = peek(host).shape
         rank, ones = config.room, [1] * len(kernel)
         down = (rank, size, *(ones if config.tucker else kernel))
-        every = {
-            "lora_A": down,
-            "lora_B": (out, rank, *ones),
-            "lora_mid": (rank, rank, *kernel),
-            "lora_magnitude": (out,),
-            "lora_in_magnitude": (size,),
-            "lora_bias": (out,),
-            "lora_A0": down,
-            "lora_B0": (out, rank, *ones),
-        }
-        return {part: every[part] for part in config.parts}
+        return self._of(config, down, (out, rank, *ones), size, out, (rank, rank, *kernel))
 
-    @classmethod
-    def lora_refusal(cls, host: nn.Module, config: AdapterConfig) -> str:
+    def refusal(self, host: Any, config: AdapterConfig) -> str:
         """The Tucker form needs a channel for each rank."""
         if not config.tucker:
             return ""
         _, size, *_ = peek(host).shape
-        if config.init in ("eva", "pissa", "olora"):
+        if config.starts_from != "numbers":
             return f"`init={config.init!r}` gives two factors, and `tucker=True` asks for three"
         return (
             f"`tucker=True` needs a rank of at most the {size} channels that an output sees, not"
@@ -65,64 +50,67 @@ class ConvMixin(LoRAMixin):
             else ""
         )
 
-    @classmethod
-    def lora_matrix(cls, weight: Tensor) -> Tensor:
+    def matrix(self, weight: Tensor) -> Tensor:
         """All that one output sees in a row."""
         return weight.flatten(1)
 
-    @classmethod
-    def lora_like_weight(cls, dense: Tensor, weight: Tensor) -> Tensor:
+    def like_weight(self, dense: Tensor, weight: Tensor) -> Tensor:
         """The rows as kernels."""
         return dense.view(weight.shape)
 
-    def lora_update(self, x: Tensor, update: Update) -> Tensor:
+    def update(self, layer: Any, x: Tensor, update: Update, *more: Any) -> Tensor:  # noqa: ARG002
         """The low-rank update in the convolution's own geometry."""
-        host: Any = self
         lora_A, lora_B, gain, dropout = update
         return functional.conv_update(
             x,
             lora_A,
             lora_B,
             gain,
-            stride=host.stride,
-            padding=host.padding,
-            dilation=host.dilation,
-            groups=host.groups,
-            padding_mode=host.padding_mode,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
             dropout=dropout,
         )
 
-    def lora_probe(self, generator: torch.Generator) -> Tensor:
-        """A small image, as large as two kernels."""
-        host: Any = self
-        spans = [(k - 1) * d + 1 for k, d in zip(host.kernel_size, host.dilation, strict=True)]
-        x = torch.randn(2, host.in_channels, *[2 * s + 1 for s in spans], generator=generator)
-        weight = peek(self)
-        return x.to(weight.device, weight.dtype)
-
-    def lora_channels(self, values: Tensor, out: Tensor) -> Tensor:  # noqa: ARG002
-        """Values per output channel, as they broadcast to an output, batched or not."""
-        return values.view(*values.shape, *[1] * len(self.kernel_size))
-
-    def lora_columns(self, values: Tensor) -> Tensor:
+    def columns(self, layer: Any, values: Tensor) -> Tensor:
         """Values per input channel."""
-        return values.view(-1, *[1] * len(self.kernel_size))
+        return values.view(-1, *[1] * len(layer.kernel_size))
 
-    def lora_through_weight(self, x: Tensor, columns: Tensor) -> Tensor:
+    def channels(self, layer: Any, values: Tensor, out: Tensor) -> Tensor:  # noqa: ARG002
+        """Values per output channel, as they broadcast to an output, batched or not."""
+        return values.view(*values.shape, *[1] * len(layer.kernel_size))
+
+    def through_weight(self, layer: Any, x: Tensor, columns: Tensor) -> Tensor:
         """The convolution of an input whose channels are multiplied by `columns`."""
-        host: Any = self
-        weight = self.weight.to(columns.dtype)
-        through: Tensor = host._conv_forward(
-            x.to(columns.dtype) * self.lora_columns(columns), weight, None
-        )
+        weight = layer.weight.to(columns.dtype)
+        scaled = x.to(columns.dtype) * self.columns(layer, columns)
+        through: Tensor = layer._conv_forward(scaled, weight, None)
         return through
 
-    def lora_samples(self, x: Tensor) -> int | None:
+    def samples(self, layer: Any, x: Tensor) -> int | None:
         """The batch, None for an input without one."""
-        return x.shape[0] if x.ndim == len(self.kernel_size) + 2 else None
+        return x.shape[0] if x.ndim == len(layer.kernel_size) + 2 else None
+
+    def inputs(self, layer: Any, x: Tensor) -> tuple[str, bool]:
+        """Channels first, batched or not."""
+        channels, places = int(layer.in_channels), layer.weight.ndim - 2
+        shape = f"(batch, {channels}, {', '.join(['size'] * places)}), or the same without batch"
+        return shape, x.ndim - places in (1, 2) and x.shape[-places - 1] == channels
+
+    def probe(self, layer: Any, generator: torch.Generator) -> Tensor:
+        """A small image, as large as two kernels."""
+        spans = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        x = torch.randn(2, layer.in_channels, *[2 * s + 1 for s in spans], generator=generator)
+        weight = peek(layer)
+        return x.to(weight.device, weight.dtype)
 
 
-class LoRAConv1d(Adopting, ConvMixin, nn.Conv1d):
+CONV = KINDS[nn.Conv1d] = KINDS[nn.Conv2d] = KINDS[nn.Conv3d] = NAMED["conv"] = ConvKind()
+
+
+class LoRAConv1d(LoRAMixin, nn.Conv1d):
     """A frozen 1-d convolution plus a trainable low-rank update; see `LoRAConv2d`.
 
     Example:
@@ -131,11 +119,20 @@ class LoRAConv1d(Adopting, ConvMixin, nn.Conv1d):
         (torch.Size([2, 4, 5]), torch.Size([8, 2, 1]))
     """
 
-    host_class = nn.Conv1d
+    host_class, lora_kind = nn.Conv1d, CONV
     plain_attributes = plain_attributes(nn.Conv1d(1, 1, 1, device="meta"))
 
+    def __init__(
+        self,
+        host: nn.Conv1d,
+        rank: int = 4,
+        alpha: float | None = None,
+        **settings: Unpack[NamedSettings],
+    ) -> None:
+        adopt(self, host, rank, alpha, settings)
 
-class LoRAConv2d(Adopting, ConvMixin, nn.Conv2d):
+
+class LoRAConv2d(LoRAMixin, nn.Conv2d):
     """A frozen 2-d convolution plus a trainable low-rank update.
 
     The update is a convolution to `rank` channels with the geometry of the host (stride, padding
@@ -167,11 +164,20 @@ class LoRAConv2d(Adopting, ConvMixin, nn.Conv2d):
         (torch.Size([2, 4, 3, 3]), torch.Size([8, 2, 1, 1]))
     """
 
-    host_class = nn.Conv2d
+    host_class, lora_kind = nn.Conv2d, CONV
     plain_attributes = plain_attributes(nn.Conv2d(1, 1, 1, device="meta"))
 
+    def __init__(
+        self,
+        host: nn.Conv2d,
+        rank: int = 4,
+        alpha: float | None = None,
+        **settings: Unpack[NamedSettings],
+    ) -> None:
+        adopt(self, host, rank, alpha, settings)
 
-class LoRAConv3d(Adopting, ConvMixin, nn.Conv3d):
+
+class LoRAConv3d(LoRAMixin, nn.Conv3d):
     """A frozen 3-d convolution plus a trainable low-rank update; see `LoRAConv2d`.
 
     Example:
@@ -180,9 +186,17 @@ class LoRAConv3d(Adopting, ConvMixin, nn.Conv3d):
         (torch.Size([2, 4, 3, 3, 3]), torch.Size([8, 2, 1, 1, 1]))
     """
 
-    host_class = nn.Conv3d
+    host_class, lora_kind = nn.Conv3d, CONV
     plain_attributes = plain_attributes(nn.Conv3d(1, 1, 1, device="meta"))
+
+    def __init__(
+        self,
+        host: nn.Conv3d,
+        rank: int = 4,
+        alpha: float | None = None,
+        **settings: Unpack[NamedSettings],
+    ) -> None:
+        adopt(self, host, rank, alpha, settings)
 
 
 ADAPTED |= {nn.Conv1d: LoRAConv1d, nn.Conv2d: LoRAConv2d, nn.Conv3d: LoRAConv3d}
-KINDS |= dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvMixin)

@@ -1,19 +1,18 @@
 """The adapted embedding."""
 
-from typing import Any, ClassVar
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lora_core import functional
-from lora_core._config import AdapterConfig
-from lora_core._layers.adopting import Adopting, plain_attributes
-from lora_core._layers.anatomy import peek
-from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin
-from lora_core._layers.state import Update
+from lora_core._config import AdapterConfig, NamedSettings
+from lora_core._layers.attachment import adopt, plain_attributes
+from lora_core._layers.kind import KINDS, NAMED, Kind, Update, peek
+from lora_core._layers.mixin import ADAPTED, LoRAMixin
 
 
-class EmbeddingMixin(LoRAMixin):
+class EmbeddingKind(Kind):
     """Adapters on a table of vectors.
 
     ``lora_A_<name>`` (rank, num_embeddings) holds a short vector for each entry, ``lora_B_<name>``
@@ -22,78 +21,73 @@ class EmbeddingMixin(LoRAMixin):
     there, which are then applied as that program does.
     """
 
-    lora_kind: ClassVar[str] = "embedding"
+    name = "embedding"
+    is_matrix = False
+    takes_indices = True
 
-    @classmethod
-    def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
+    def sizes(self, host: Any) -> tuple[int, int]:
         """Entries, and numbers per entry."""
         num_embeddings, embedding_dim = peek(host).shape
         return num_embeddings, embedding_dim
 
-    @classmethod
-    def lora_refusal(cls, host: nn.Module, config: AdapterConfig) -> str:  # noqa: ARG003
+    def refusal(self, host: Any, config: AdapterConfig) -> str:  # noqa: ARG002
         """There is no input to drop elements of, nor a bias."""
         asked = {
             "`dropout`": (config.dropout, "drops numbers of an input, and this one is of indices"),
             "`bias`": (config.bias, "adds to a bias, and an embedding has none"),
             "`tucker`": (config.tucker, "is for convolutions"),
-            "`init='eva'`": (config.init == "eva", "needs an input of numbers, not of indices"),
+            "`init='eva'`": (
+                config.starts_from == "inputs",
+                "needs an input of numbers, not of indices",
+            ),
         }
         wrong = [f"{what} {why}" for what, (value, why) in asked.items() if value]
         return wrong[0] if wrong else ""
 
-    @classmethod
-    def lora_matrix(cls, weight: Tensor) -> Tensor:
-        """The table transposed: an index is a one-hot input."""
-        return weight.T
-
-    @classmethod
-    def lora_like_weight(cls, dense: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG003
-        """The transposed matrix."""
-        return dense.T
-
-    @classmethod
-    def lora_fan_in(cls, size: int) -> int:  # noqa: ARG003
+    def fan_in(self, size: int) -> int:  # noqa: ARG002
         """One: of a one-hot input a single entry is not zero."""
         return 1
 
-    @classmethod
-    def lora_tidy(cls, host: nn.Module, values: dict[str, Tensor]) -> None:
+    def tidy(self, host: Any, values: dict[str, Tensor]) -> None:
         """Leaves the entry at `padding_idx` without an update."""
-        entry: Any = host.padding_idx
-        if entry is not None:
-            values["lora_A"][:, entry] = 0
+        if host.padding_idx is not None:
+            values["lora_A"][:, host.padding_idx] = 0
 
-    def lora_reset(self, name: str) -> None:
-        """As for any layer, but for the entry at `padding_idx`."""
-        super().lora_reset(name)
-        self.lora_tidy(self, {"lora_A": self.lora_factors(name)[0].data})
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The table transposed: an index is a one-hot input."""
+        return weight.T
 
-    def lora_update(self, x: Tensor, update: Update) -> Tensor:
+    def like_weight(self, dense: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
+        """The transposed matrix."""
+        return dense.T
+
+    def update(self, layer: Any, x: Tensor, update: Update, *more: Any) -> Tensor:  # noqa: ARG002
         """The update of each index."""
-        host: Any = self
         lora_A, lora_B, gain, _ = update
         return functional.embedding_update(
             x,
             lora_A,
             lora_B,
             gain,
-            padding_idx=host.padding_idx,
-            scale_grad_by_freq=host.scale_grad_by_freq,
-            sparse=host.sparse,
+            padding_idx=layer.padding_idx,
+            scale_grad_by_freq=layer.scale_grad_by_freq,
+            sparse=layer.sparse,
         )
 
-    def lora_probe(self, generator: torch.Generator) -> Tensor:
-        """Some indices."""
-        weight = peek(self)
-        return torch.randint(weight.shape[0], (16,), generator=generator).to(weight.device)
-
-    def lora_samples(self, x: Tensor) -> int | None:
+    def samples(self, layer: Any, x: Tensor) -> int | None:  # noqa: ARG002
         """The first dimension of the indices."""
         return x.shape[0] if x.ndim else None
 
+    def probe(self, layer: Any, generator: torch.Generator) -> Tensor:
+        """Some indices."""
+        weight = peek(layer)
+        return torch.randint(weight.shape[0], (16,), generator=generator).to(weight.device)
 
-class LoRAEmbedding(Adopting, EmbeddingMixin, nn.Embedding):
+
+EMBEDDING = KINDS[nn.Embedding] = NAMED["embedding"] = EmbeddingKind()
+
+
+class LoRAEmbedding(LoRAMixin, nn.Embedding):
     """A frozen embedding plus a trainable low-rank update.
 
     Computes ``weight[i] + scale * lora_B @ lora_A[:, i]``. `padding_idx`, `scale_grad_by_freq` and
@@ -121,11 +115,19 @@ class LoRAEmbedding(Adopting, EmbeddingMixin, nn.Embedding):
         (torch.Size([2, 100]), torch.Size([8, 2]))
     """
 
-    host_class = nn.Embedding
+    host_class, lora_kind = nn.Embedding, EMBEDDING
     plain_attributes = plain_attributes(
         nn.Embedding(1, 1, _weight=torch.empty(1, 1, device="meta"))
     )
 
+    def __init__(
+        self,
+        host: nn.Embedding,
+        rank: int = 4,
+        alpha: float | None = None,
+        **settings: Unpack[NamedSettings],
+    ) -> None:
+        adopt(self, host, rank, alpha, settings)
+
 
 ADAPTED[nn.Embedding] = LoRAEmbedding
-KINDS[nn.Embedding] = EmbeddingMixin

@@ -1,18 +1,19 @@
 """The adapted linear layer, as a module of its own."""
 
-from typing import ClassVar
+from typing import Any, Unpack
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
-from lora_core import functional
-from lora_core._layers.adopting import Adopting, plain_attributes
-from lora_core._layers.calling import checked, settled
-from lora_core._layers.mixin import ADAPTED, KINDS, LoRAMixin, call_host, has_left
-from lora_core._layers.state import Active
+from lora_core._config import NamedSettings
+from lora_core._layers.attachment import adopt, plain_attributes
+from lora_core._layers.calls import checked, is_ordinary
+from lora_core._layers.kind import LINEAR
+from lora_core._layers.mixin import ADAPTED, LoRAMixin, call
+from lora_core._layers.updates import Active
+from lora_core.functional import fused_lora_linear
 
 
-class LoRALinear(Adopting, nn.Linear):
+class LoRALinear(LoRAMixin, nn.Linear):
     """A frozen linear layer plus a trainable low-rank update.
 
     Computes ``x @ weight.T + bias + scale * (x @ lora_A.T) @ lora_B.T`` with a scale of alpha /
@@ -45,36 +46,37 @@ class LoRALinear(Adopting, nn.Linear):
         6000
     """
 
-    host_class = nn.Linear
-    lora_linear_in_weight: ClassVar[bool] = True
+    host_class, lora_kind = nn.Linear, LINEAR
     plain_attributes = plain_attributes(nn.Linear(1, 1, device="meta"))
 
+    def __init__(
+        self,
+        host: nn.Linear,
+        rank: int = 4,
+        alpha: float | None = None,
+        **settings: Unpack[NamedSettings],
+    ) -> None:
+        adopt(self, host, rank, alpha, settings)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
-        if isinstance(input, Proxy):  # type: ignore[unreachable]
-            return super().forward(input)  # type: ignore[unreachable]
-
-        def compute() -> Tensor:
-            active = self.lora_active(input)
-            if not is_fused(active):
-                return self.lora_added(input, nn.Linear.forward(self, input), active)
-            lora_A, lora_B, gain, dropout = active.updates[0]
-            out = functional.fused_lora_linear(
-                input, self.weight, self.bias, lora_A, lora_B, gain, dropout=dropout
-            )
-            return checked(self, out)
-
         try:
-            return settled([self], compute)
-        except (AttributeError, KeyError):
-            if not has_left(self):
-                raise
-            return call_host(self, input)
+            if is_ordinary(input) and (pair := (state := self.lora_state).pair) is not None:
+                own, (lora_A, lora_B, gain, p) = self._parameters, pair.read(self)
+                W: Any = own["weight"]
+                out = fused_lora_linear(input, W, own["bias"], lora_A, lora_B, gain, dropout=p)
+                if self.lora_state.change is state.change:
+                    return out
+        except (AttributeError, KeyError):  # of what another thread takes off, or torch computes
+            pass
+        return call(self, input, (input,), {})
 
-
-def is_fused(active: Active) -> bool:
-    """Whether all that is active is one update, which a fused form adds to the base itself."""
-    return len(active.updates) == 1 and not any(part is not None for part in active[1:])
+    def lora_sum(self, found: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The output, by a fused form where all that is active is one pair of products."""
+        if not found.is_one_update:
+            return super().lora_sum(found, args, kwargs)
+        (x,), (lora_A, lora_B, gain, dropout) = (*args, *kwargs.values()), found.updates[0]
+        out = fused_lora_linear(x, self.weight, self.bias, lora_A, lora_B, gain, dropout=dropout)
+        return checked(self, out)
 
 
 ADAPTED[nn.Linear] = LoRALinear
-KINDS[nn.Linear] = LoRAMixin

@@ -1,45 +1,153 @@
-"""What a layer knows of its adapters, as values that are replaced whole."""
+"""What a layer knows of its adapters: one value, replaced whole by every change.
 
-from typing import NamedTuple
+A forward reads it once and asks nothing of it that only a change can alter: a change prepares it.
+"""
 
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
 from torch import Tensor, nn
+
+from lora_core._config import AdapterConfig
+from lora_core._errors import ConfigError
+from lora_core._layers.kind import Update, peek
 
 # attribute of a module: adapter -> parameters that it keeps frozen, and whether each trained before
 FROZEN = "lora_frozen"
+STATE = "lora_state"  # attribute of an adapted layer
 
 Strength = float | tuple[float, ...]  # one for all samples, or one for each
 
 
-class Gain(NamedTuple):
-    """What one active adapter is multiplied by.
+class Recipe(NamedTuple):
+    """What of an adapter's settings a forward goes by, as plain values.
+
+    A compiled graph guards on their values, where it would guard on the identity of a config: and
+    every load has configs of its own, which may be equal.
 
     Attributes:
-        value: ``strength * scale``: a number, () or (batch,).
+        plain: Whether the update is two factors and a number, at every call.
+        room: Ranks that the factors have room for.
+        dropout: As in the settings; so are those that follow.
+        rank_dropout: See there.
+        module_dropout: See there.
+        tucker: See there.
+        subtracted: See there.
+        bias: See there.
+        dora: See there.
+        dora_in: See there.
+    """
+
+    plain: bool
+    room: int
+    dropout: float
+    rank_dropout: float
+    module_dropout: float
+    tucker: bool
+    subtracted: bool
+    bias: bool
+    dora: bool
+    dora_in: bool
+
+    @classmethod
+    def of(cls, config: AdapterConfig) -> "Recipe":
+        """The recipe that settings ask for."""
+        return cls(*(getattr(config, key) for key in cls._fields))
+
+
+class Term(NamedTuple):
+    """One adapter's part in what a layer adds.
+
+    Attributes:
+        name: The adapter.
+        recipe: How it is put together.
+        gain: ``strength * scale``: a number, () or (batch,).
         strength: The strength alone, likewise, where a bias or magnitudes need it; else None.
     """
 
-    value: Tensor | float
+    name: str
+    recipe: Recipe
+    gain: Tensor | float
     strength: Tensor | float | None = None
 
 
+class Pair(NamedTuple):
+    """One adapter as one pair of products: what an ordinary forward reads.
+
+    Attributes:
+        down: The name of the parameter that is the down-projection.
+        up: That of the up-projection.
+        gain: What the product is multiplied by.
+        dropout: Probability of dropping an element of the input while training.
+    """
+
+    down: str
+    up: str
+    gain: float
+    dropout: float
+
+    def read(self, layer: nn.Module) -> Update:
+        """The update, of the parameters as they are.
+
+        Raises:
+            KeyError: If one is no longer there.
+        """
+        own: Any = layer._parameters
+        return Update(own[self.down], own[self.up], self.gain, self.dropout * layer.training)
+
+
+class Stack(NamedTuple):
+    """Several adapters as one pair of products, stacked along their ranks.
+
+    Attributes:
+        down: The names of the parameters that are down-projections.
+        up: Those of the up-projections.
+        gain: What each rank is multiplied by: one number for all, or (R,).
+        dropout: Probability of dropping an element of the input while training.
+        rank_dims: The dimensions of the two that are the rank.
+    """
+
+    down: tuple[str, ...]
+    up: tuple[str, ...]
+    gain: Tensor | float
+    dropout: float
+    rank_dims: tuple[int, int]
+
+    def read(self, layer: nn.Module) -> Update:
+        """The update, of the parameters as they are.
+
+        Raises:
+            KeyError: If one is no longer there.
+        """
+        own: Any = layer._parameters
+        lora_A = torch.cat([own[name] for name in self.down], self.rank_dims[0])
+        lora_B = torch.cat([own[name] for name in self.up], self.rank_dims[1])
+        return Update(lora_A, lora_B, self.gain, self.dropout * layer.training)
+
+
 class Selection(NamedTuple):
-    """The active adapters of one layer; replaced whole, so that a forward sees one or another.
+    """The active adapters of one layer.
 
     Attributes:
         names: The active adapters, in the order in which they were chosen.
         strengths: What the user multiplies each by: a number, or one for each sample.
-        gains: The same times the scales, as tensors: a new value recompiles nothing.
-        bank: The gains of all adapters on the layer, zero where one is inactive: what a compiled
-            graph reads, so that another choice recompiles nothing either.
+        terms: What each adds; gains are numbers where all are one number.
+        bank: The same of all adapters on the layer, zero where one is inactive, with tensors for
+            gains: what a compiled graph reads, so that another choice recompiles nothing.
+        pair: The terms as one pair of products; None where they are more than that, or none.
     """
 
     names: tuple[str, ...]
     strengths: tuple[Strength, ...]
-    gains: tuple[Gain, ...]
-    bank: tuple[Gain, ...]
+    terms: tuple[Term, ...]
+    bank: tuple[Term, ...]
+    pair: Pair | Stack | None
 
 
-NOTHING = Selection((), (), (), ())  # of a layer without adapters
+NOTHING = Selection((), (), (), (), None)  # of a layer without adapters
 
 
 class Merged(NamedTuple):
@@ -62,59 +170,191 @@ class Merged(NamedTuple):
     merged_bias: Tensor | None = None
 
 
-class Change(NamedTuple):
-    """A change of a layer's values, or the end of one; each is an object of its own.
+class Change:
+    """One stand of a layer's tensors: another object after each change of them, and during one.
 
     Attributes:
-        thread: Who is at it; None where it is over.
+        thread: Who is changing them; None where nobody is.
     """
 
-    thread: int | None
+    __slots__ = ("thread",)
+
+    def __init__(self, thread: int | None = None) -> None:
+        self.thread = thread
 
 
-def bare_state() -> dict[str, object]:
-    """What an adapted layer has of its own, still without an adapter.
-
-    Its adapters' settings by name; what tells each from another of its name that came before or
-    after (one object on all its layers, kept where a file takes its place); what is active; what
-    was merged; and the last change of its values.
-    """
-    return {
-        "lora_configs": {},
-        "lora_slots": {},
-        "lora_selection": NOTHING,
-        "lora_merged": None,
-        "lora_changes": Change(None),
-    }
-
-
-class Update(NamedTuple):
-    """A low-rank update as one pair of products.
+class State(NamedTuple):
+    """What a layer knows of its adapters; every change is one assignment of another one.
 
     Attributes:
-        lora_A: Down-projection, its rank first.
-        lora_B: Up-projection, its rank second.
-        gain: What each rank is multiplied by: a number, (), (R,) or (batch, R).
-        dropout: Probability of dropping an element of its input.
+        configs: The settings of its adapters, by name.
+        slots: What tells each from another of its name that came before or after: one object on
+            all its layers, kept where a file takes its place.
+        selection: What is active.
+        merged: What a merge did; None where nothing is merged.
+        change: How its tensors stand: a forward that finds another one afterwards runs again.
+        pair: What an ordinary forward adds; None where a forward has to look closer.
     """
 
-    lora_A: Tensor
-    lora_B: Tensor
-    gain: Tensor | float
-    dropout: float
+    configs: Mapping[str, AdapterConfig] = {}  # replaced, never changed
+    slots: Mapping[str, object] = {}
+    selection: Selection = NOTHING
+    merged: Merged | None = None
+    change: Change = Change()
+    pair: Pair | Stack | None = None
+
+    @property
+    def strengths(self) -> dict[str, Strength]:
+        """The active adapters and their strengths, in order."""
+        return dict(zip(self.selection.names, self.selection.strengths, strict=True))
+
+    def having(self, **changes: Any) -> "State":
+        """The same but for what is given, with what follows from it."""
+        new = self._replace(**changes)
+        ordinary = new.merged is None and new.change.thread is None
+        return new._replace(pair=new.selection.pair if ordinary else None)
 
 
-class Active(NamedTuple):
-    """What a forward adds to its host's output.
+def state_of(module: nn.Module) -> State | None:
+    """The state of an adapted layer; None of any other module."""
+    found: State | None = vars(module).get(STATE)
+    return found
 
-    Attributes:
-        updates: Low-rank updates.
-        stretch: How much of the host's output without its bias is added to it, (out,).
-        bias: What is added to every position, (out,) or (batch, out).
-        columns: How much of each input feature the host's matrix takes once more, (in,).
+
+def is_settled(layer: nn.Module, before: State) -> bool:
+    """Whether a layer's tensors are as they were when this was its state."""
+    now = vars(layer).get(STATE)
+    return now is not None and now.change is before.change
+
+
+_LOCK = threading.RLock()
+
+
+def lock() -> threading.RLock:
+    """What is held while states are read and replaced; to be asked for each time."""
+    return _LOCK
+
+
+def _renew_lock() -> None:
+    """Gives a forked child a lock that no thread of its parent holds."""
+    global _LOCK  # noqa: PLW0603  # the one of the parent may never be released here
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def change(layer: Any, **changes: Any) -> None:
+    """Gives a layer another state, in place."""
+    with _LOCK:
+        layer.__dict__[STATE] = layer.lora_state.having(**changes)
+
+
+def select(
+    layer: Any,
+    strengths: Mapping[str, Strength],
+    configs: Mapping[str, AdapterConfig] | None = None,
+) -> Selection:
+    """The selection with these strengths, of the adapters that a layer has, or will have."""
+    state: State = layer.lora_state
+    configs = state.configs if configs is None else configs
+    weight = peek(layer)
+    device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+    known = _known(state, configs, device, dtype)
+    active = {name: s for name, s in strengths.items() if name in configs}
+    bank = {}
+    for name, config in configs.items():
+        wanted = active.get(name, 0.0)
+        was, term = known.get(name, (None, None))
+        if term is None or was != wanted:
+            if wanted:
+                _check_gain(name, config, wanted, dtype)
+            term = _term(name, config, wanted, device, dtype)
+        bank[name] = term
+    terms = _terms(active, bank, configs)
+    return Selection(
+        tuple(active), tuple(active.values()), terms, tuple(bank.values()), _pair(layer, terms)
+    )
+
+
+def _known(
+    state: State, configs: Mapping[str, AdapterConfig], device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[Strength, Term]]:
+    """The terms that are there, by adapter with their strengths, of those that still hold.
+
+    An inactive adapter has a gain of its own on every layer, of strength 0: a compiled graph
+    guards on which tensors are the same, so one that all shared would make it compile again when
+    the choice changes.
     """
+    bank = state.selection.bank
+    if not bank or (bank[0].gain.device, bank[0].gain.dtype) != (device, dtype):  # type: ignore[union-attr]
+        return {}
+    active = state.strengths
+    kept = (term for term in bank if configs.get(term.name) is state.configs[term.name])
+    return {term.name: (active.get(term.name, 0.0), term) for term in kept}
 
-    updates: list[Update]
-    stretch: Tensor | None = None
-    bias: Tensor | None = None
-    columns: Tensor | None = None
+
+def _terms(
+    active: Mapping[str, Strength],
+    bank: Mapping[str, Term],
+    configs: Mapping[str, AdapterConfig],
+) -> tuple[Term, ...]:
+    """The active terms; with numbers where all are one number, which costs a fast path nothing."""
+    terms = tuple(bank[name] for name in active)
+    if any(isinstance(s, tuple) for s in active.values()):
+        return terms
+    numbers = tuple(
+        term._replace(gain=s * configs[term.name].scale, strength=s)  # type: ignore[operator, arg-type]
+        for term, s in zip(terms, active.values(), strict=True)
+    )
+    return numbers if len({term.gain for term in numbers}) <= 1 else terms
+
+
+def _pair(layer: Any, terms: tuple[Term, ...]) -> Pair | Stack | None:
+    """Terms as one pair of products, where nothing of them depends on a call."""
+    if not terms or any(not term.recipe.plain or is_per_sample(term.gain) for term in terms):
+        return None
+    dropout, *others = dict.fromkeys(term.recipe.dropout for term in terms)
+    if others:
+        return None
+    names, gain = [term.name for term in terms], terms[0].gain
+    if len(terms) == 1:
+        return Pair(f"lora_A_{names[0]}", f"lora_B_{names[0]}", cast(float, gain), dropout)
+    if isinstance(gain, Tensor):
+        gain = torch.cat([cast(Tensor, term.gain).expand(term.recipe.room) for term in terms])
+    down, up = (tuple(f"{part}_{name}" for name in names) for part in ("lora_A", "lora_B"))
+    return Stack(down, up, gain, dropout, layer.lora_kind.rank_dims)
+
+
+def is_per_sample(gain: Tensor | float) -> bool:
+    """Whether a gain has an entry for each sample."""
+    return isinstance(gain, Tensor) and gain.ndim == 1
+
+
+def _check_gain(name: str, config: AdapterConfig, strength: Strength, dtype: torch.dtype) -> None:
+    scale, limit = config.scale, torch.finfo(dtype).max
+    values = strength if isinstance(strength, tuple) else (strength,)
+    value = max((abs(s * scale) for s in values), default=0.0)
+    if not value <= limit:
+        raise ConfigError(
+            f"`strength * scale` must be at most {limit:.3g}, but is {value:.3g} for"
+            f" {name!r}. Choose smaller values."
+        )
+
+
+def _term(
+    name: str,
+    config: AdapterConfig,
+    strength: Strength,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Term:
+    scale = config.scale
+    product = [s * scale for s in strength] if isinstance(strength, tuple) else strength * scale
+    if torch.is_inference_mode_enabled():  # a selection made there must be usable in training
+        with torch.inference_mode(mode=False):
+            return _term(name, config, strength, device, dtype)
+    gain = torch.tensor(product, dtype=dtype, device=device)
+    alone = None if config.plain_sum else torch.tensor(strength, dtype=dtype, device=device)
+    return Term(name, Recipe.of(config), gain, alone)

@@ -9,9 +9,20 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._adapters import layers_with, without_base
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, Merged, at_rest, changing, refuse_pinned
+from lora_core._layers import (
+    LoRAMixin,
+    Merged,
+    at_rest,
+    bias_delta,
+    change,
+    changing,
+    delta_of,
+    refuse_pinned,
+    runs_as_torch,
+    stacked,
+)
 from lora_core._merging.checking import check_factors, check_merged, read
-from lora_core._merging.probing import is_linear_in_weight, probe
+from lora_core._merging.probing import probe
 from lora_core._merging.refusing import refuse_hollow, tied_to_merge, to_merge
 from lora_core._merging.rounding import Losses, Sample, sampled, some_columns, some_rows
 from lora_core._merging.swapping import (
@@ -92,10 +103,10 @@ def unmerge(model: nn.Module) -> MergeReport:
         MergeError: If nothing is merged, a layer was merged with ``reversible=False``, or the
             call stands inside ``with disabled(model)``. Nothing is changed then.
     """
-    layers = {n: m for n, m in layers_with(model, None).items() if m.lora_merged is not None}
+    layers = {n: m for n, m in layers_with(model, None).items() if m.lora_state.merged is not None}
     if not layers:
         raise MergeError("The model must be merged to be unmerged, but no layer is.")
-    states = {n: m.lora_merged for n, m in layers.items() if m.lora_merged is not None}
+    states = {n: m.lora_state.merged for n, m in layers.items() if m.lora_state.merged is not None}
     gone = without_base(layers)
     if gone:
         raise MergeError(
@@ -116,8 +127,10 @@ def unmerge(model: nn.Module) -> MergeReport:
         )
     with at_rest(layers.values()), changing(*layers.values()), ExitStack() as undo:
         for name, layer in layers.items():
-            bias = None if states[name].bias is None else layer.lora_held_bias()
-            undo.callback(put, layer, own_weight(layer), layer.lora_held(), bias, states[name])
+            bias = None if states[name].bias is None else layer.lora_kind.held_bias(layer)
+            undo.callback(
+                put, layer, own_weight(layer), layer.lora_kind.held(layer), bias, states[name]
+            )
             restore(layer, states[name])
         undo.pop_all()
     strengths = {name: s for state in states.values() for name, s in state.strengths.items()}
@@ -133,19 +146,22 @@ def _merge_reversibly(
         losses.add(name, sample)
     check_merged(new, sums)
     biases = {n: _new_bias(n, m) for n, m in layers.items()}
-    kept = {n: m.lora_held() if keep is None else m.lora_held().to(keep) for n, m in layers.items()}
+    kept = {
+        n: m.lora_kind.held(m) if keep is None else m.lora_kind.held(m).to(keep)
+        for n, m in layers.items()
+    }
     loss = losses.finish()
     with changing(*layers.values()), ExitStack() as undo:
         for name, layer in layers.items():
             own, bias = own_weight(layer), biases[name]
-            old_bias = None if bias is None else layer.lora_held_bias()
-            undo.callback(put, layer, own, layer.lora_held(), old_bias, None)
+            old_bias = None if bias is None else layer.lora_kind.held_bias(layer)
+            undo.callback(put, layer, own, layer.lora_kind.held(layer), old_bias, None)
             untied = own if name in tied else None
             state = Merged(strengths_of(layer), kept[name], None, untied, old_bias)
             if name in tied:
                 layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
-            layer.lora_put(new[name], bias)
-            layer.lora_merged = state
+            layer.lora_kind.put(layer, new[name], bias)
+            change(layer, merged=state)
         undo.pop_all()
     return loss
 
@@ -167,10 +183,10 @@ def _refuse_overflow(layers: dict[str, LoRAMixin]) -> None:
     """
     bounded: dict[str, tuple[Tensor, ...]] = {}
     for name, layer in layers.items():
-        if is_linear_in_weight(layer) and not any(
-            layer.lora_configs[n].dora for n in layer.lora_selection.names
+        if runs_as_torch(layer) and not any(
+            layer.lora_state.configs[n].dora for n in layer.lora_state.selection.names
         ):
-            lora_A, lora_B, gain = layer.lora_stacked()
+            lora_A, lora_B, gain = stacked(layer)
             norms = torch.linalg.vector_norm(lora_A), torch.linalg.vector_norm(lora_B * gain)
             bounded[name] = (*norms, *layer.weight.aminmax())
     numbers = iter(read([number for four in bounded.values() for number in four]))
@@ -188,10 +204,10 @@ def _new_weight(name: str, layer: LoRAMixin) -> tuple[Tensor, Tensor, Sample]:
     if product is not None:
         new, total = product.new()
         return new.view(weight.shape), total, _sample(product, product.weight, new)
-    delta = layer.lora_delta()
+    delta = delta_of(layer)
     new = functional.merged_weight(weight, delta)
     total = new.sum()
-    if not is_linear_in_weight(layer):
+    if not runs_as_torch(layer):
         check_merged({name: new}, {name: total})
         probe(name, layer, new)
     # all the rest of the update may go
@@ -207,7 +223,7 @@ def _new_bias(name: str, layer: LoRAMixin) -> Tensor | None:
     """The merged bias, checked; None where no active adapter adds to it."""
     if not adds_to_bias(layer):
         return None
-    bias, delta = layer._parameters["bias"], layer.lora_bias_delta()
+    bias, delta = layer._parameters["bias"], bias_delta(layer)
     assert bias is not None
     assert delta is not None
     new = functional.merged_weight(bias, delta)
@@ -225,12 +241,12 @@ def _put_in_place(name: str, layer: LoRAMixin, state: Merged) -> Sample:
     with changing(layer):
         try:
             product.put_in(room)
-            layer.lora_merged = state
+            change(layer, merged=state)
         except BaseException:  # an interrupt may come between the pieces, but not amid one
             done = weight._version - version
             if done:
                 product.put_in(room, done)
-                layer.lora_merged = state
+                change(layer, merged=state)
             raise
     first, second = before.update
     # a view of the weight, which is the new one now
@@ -257,4 +273,4 @@ def _overwrite(layer: LoRAMixin, weight: Tensor, bias: Tensor | None, state: Mer
         own = layer._parameters["bias"]
         assert own is not None
         own.copy_(bias)
-    layer.lora_merged = state
+    change(layer, merged=state)

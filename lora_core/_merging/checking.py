@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, parts_of
 
 _Key = TypeVar("_Key")
 
@@ -18,8 +18,8 @@ def check_factors(layers: Mapping[str, LoRAMixin]) -> None:
     factors = {
         (name, adapter, part): factor.detach()
         for name, layer in layers.items()
-        for adapter in layer.lora_selection.names
-        for part, factor in layer.lora_parts(adapter).items()
+        for adapter in layer.lora_state.selection.names
+        for part, factor in parts_of(layer, adapter).items()
     }
     bad = list(dict.fromkeys(f"{name}.{adapter}" for name, adapter, _ in _non_finite(factors)))
     if bad:

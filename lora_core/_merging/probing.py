@@ -6,16 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core._errors import MergeError, listed
-from lora_core._layers import KINDS, LoRAMixin, changing
+from lora_core._layers import LoRAMixin, addition, changing
 from lora_core._merging.swapping import own_weight
-
-
-def is_linear_in_weight(layer: LoRAMixin) -> bool:
-    """Whether the host's forward is one that is known to be."""
-    return layer.lora_linear_in_weight or any(
-        issubclass(layer.host_class, kind) and layer.host_class.forward is kind.forward
-        for kind in KINDS
-    )
 
 
 def probe(name: str, layer: LoRAMixin, new: Tensor) -> None:
@@ -30,7 +22,7 @@ def probe(name: str, layer: LoRAMixin, new: Tensor) -> None:
             " update might not follow. Nothing was changed; keep this layer unmerged."
         )
     weight = own_weight(layer)
-    x = layer.lora_probe(torch.Generator("cpu").manual_seed(0))
+    x = layer.lora_kind.probe(layer, torch.Generator("cpu").manual_seed(0))
     with changing(layer):
         try:
             before = layer.host_class.forward(layer, x)
@@ -43,7 +35,7 @@ def probe(name: str, layer: LoRAMixin, new: Tensor) -> None:
             f"A host must return a tensor to be merged, but {layer.host_class.__name__} at {name!r}"
             f" returns {type(before).__name__}. Nothing was changed; keep this layer unmerged."
         )
-    asked, got = layer.lora_addition(x, before), after.double() - before.double()
+    asked, got = addition(layer, x, before), after.double() - before.double()
     eps = torch.finfo(weight.dtype).eps
     bound = 64 * eps * float(before.double().norm() + asked.norm())
     if not bool((asked - got).norm() <= bound):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_core._adapters import layers_with
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, LoRAWeight
+from lora_core._layers import LoRAMixin
 from lora_core._merging.swapping import adds_to_bias
 
 
@@ -20,13 +20,13 @@ def to_merge(model: nn.Module) -> dict[str, LoRAMixin]:
         MergeError: If one is merged already or can't be, or if nothing is active.
     """
     everything = layers_with(model, None)
-    merged = [n for n, m in everything.items() if m.lora_merged is not None]
+    merged = [n for n, m in everything.items() if m.lora_state.merged is not None]
     if merged:
         raise MergeError(
             f"A layer must be unmerged to be merged, but {listed(merged)} is merged already."
             " Call `unmerge(model)` first."
         )
-    layers = {n: m for n, m in everything.items() if m.lora_selection.names}
+    layers = {n: m for n, m in everything.items() if m.lora_state.selection.names}
     if not layers:
         raise MergeError(
             f"An adapter must be active to be merged, but none is on {len(everything)} layers."
@@ -69,8 +69,8 @@ def tied_to_merge(
     Raises:
         MergeError: If a parameter is shared that can't be, or isn't to be, untied.
     """
-    tied = _tied(model, {n: (*m.lora_home(), m.weight) for n, m in layers.items()})
-    parts = [n for n in tied if isinstance(layers[n], LoRAWeight)]
+    tied = _tied(model, {n: (*m.lora_kind.home(m), m.weight) for n, m in layers.items()})
+    parts = [n for n in tied if layers[n].lora_kind.is_read]
     biases = {
         n: (m, "bias", bias)
         for n, m in layers.items()
@@ -104,11 +104,11 @@ def refuse_hollow(layers: Mapping[str, LoRAMixin]) -> None:
 
 
 def _is_mixed(layer: LoRAMixin) -> bool:
-    return any(isinstance(strength, tuple) for strength in layer.lora_strengths().values())
+    return any(isinstance(strength, tuple) for strength in layer.lora_state.strengths.values())
 
 
 def _is_stored(layer: LoRAMixin) -> bool:
-    home, key = layer.lora_home()
+    home, key = layer.lora_kind.home(layer)
     return home._parameters.get(key) is not None
 
 

@@ -2,22 +2,22 @@
 
 from torch import Tensor, nn
 
-from lora_core._layers import LoRAMixin, Merged
+from lora_core._layers import LoRAMixin, Merged, change
 
 
 def strengths_of(layer: LoRAMixin) -> dict[str, float]:
     """The active adapters and their strengths."""
-    return layer.lora_strengths()  # type: ignore[return-value]  # no mix per sample
+    return layer.lora_state.strengths  # type: ignore[return-value]  # no mix per sample
 
 
 def adds_to_bias(layer: LoRAMixin) -> bool:
     """Whether an active adapter has a bias of its own."""
-    return any(layer.lora_configs[name].bias for name in layer.lora_selection.names)
+    return any(layer.lora_state.configs[name].bias for name in layer.lora_state.selection.names)
 
 
 def own_weight(layer: LoRAMixin) -> nn.Parameter:
     """The Parameter that is adapted, whole."""
-    home, key = layer.lora_home()
+    home, key = layer.lora_kind.home(layer)
     weight = home._parameters[key]
     assert weight is not None
     return weight
@@ -25,7 +25,7 @@ def own_weight(layer: LoRAMixin) -> nn.Parameter:
 
 def is_moved(layer: LoRAMixin) -> bool:
     """Whether the Parameter that was merged is no longer its owner's."""
-    home, key = layer.lora_home()
+    home, key = layer.lora_kind.home(layer)
     return home._parameters.get(key) is None
 
 
@@ -37,10 +37,10 @@ def put(
     state: Merged | None,
 ) -> None:
     """Gives a layer this Parameter, with these values, and this state, in place."""
-    home, key = layer.lora_home()
+    home, key = layer.lora_kind.home(layer)
     home._parameters[key] = own
-    layer.lora_put(values, bias)
-    layer.lora_merged = state
+    layer.lora_kind.put(layer, values, bias)
+    change(layer, merged=state)
 
 
 def restore(layer: LoRAMixin, state: Merged) -> None:
@@ -49,7 +49,7 @@ def restore(layer: LoRAMixin, state: Merged) -> None:
     if state.parameter is not None:  # the shared Parameter was never written
         layer._parameters["weight"] = state.parameter
         if state.bias is not None:
-            layer.lora_put(state.parameter.data, state.bias)
+            layer.lora_kind.put(layer, state.parameter.data, state.bias)
     else:
-        layer.lora_put(state.kept, state.bias)
-    layer.lora_merged = None
+        layer.lora_kind.put(layer, state.kept, state.bias)
+    change(layer, merged=None)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_core._layers import LoRAMixin
-from lora_core._merging.probing import is_linear_in_weight
+from lora_core._layers import LoRAMixin, runs_as_torch, stacked
 
 _PIECE = 2**17  # numbers of the weight that one thread adds to at a time
 _WHOLE = 4 * _PIECE  # up to here pieces don't pay
@@ -75,13 +74,13 @@ def product_of(layer: LoRAMixin) -> Product | None:
         and type(weight) is nn.Parameter
         and weight.dtype in (*_WIDE, *_HALF)
         and not weight.is_inference()  # which has no version to tell by
-        and not any(layer.lora_configs[n].dora for n in layer.lora_selection.names)
-        and is_linear_in_weight(layer)
+        and not any(layer.lora_state.configs[n].dora for n in layer.lora_state.selection.names)
+        and runs_as_torch(layer)
     )
-    matrix = layer.lora_matrix(weight) if fits else None
+    matrix = layer.lora_kind.matrix(weight) if fits else None
     if matrix is None or matrix.ndim != 2:
         return None
-    lora_A, lora_B, gain = layer.lora_stacked()
+    lora_A, lora_B, gain = stacked(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide) * gain.to(wide)
     if matrix.is_contiguous():

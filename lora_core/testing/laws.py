@@ -16,7 +16,7 @@ import lora_core._adapters as adapters
 from lora_core._errors import ConfigError, listed
 from lora_core._files import load, save
 from lora_core._injection import eject, inject
-from lora_core._layers import LoRAWeight
+from lora_core._layers import LoRAWeight, stored_parts, trained_parts
 from lora_core._merging import merge, unmerge
 from lora_core._reports import Report
 
@@ -91,9 +91,8 @@ def check_lora(
             _check_file(model, bare, run, name)
             _check_merge(model, calls, before)
         finally:
-            if any(
-                layer.lora_merged is not None for layer in adapters.adapted_layers(model).values()
-            ):
+            layers = adapters.adapted_layers(model).values()
+            if any(layer.lora_state.merged is not None for layer in layers):
                 unmerge(model)
             eject(model, name)
         before.compare(model)
@@ -107,8 +106,8 @@ def train_pretend(model: nn.Module, name: str) -> None:
     """Adds small noise to all of an adapter but `lora_A`, as if it had been trained."""
     with torch.no_grad():
         for layer in adapters.layers_with(model, name).values():
-            std = 0.5 / layer.lora_configs[name].rank ** 0.5
-            for part, p in layer.lora_trained_parts(name).items():
+            std = 0.5 / layer.lora_state.configs[name].rank ** 0.5
+            for part, p in trained_parts(layer, name).items():
                 if part != "lora_A":
                     p.add_(torch.randn_like(p), alpha=std)
 
@@ -157,7 +156,7 @@ def _check_training(
         total = sum((out.double() * _weights(out)).sum() for out in run(model))
         _demand(isinstance(total, Tensor), "the model returns a floating tensor", "(the model)")
         layers = adapters.layers_with(model, name)
-        factors = {n: list(m.lora_trained_parts(name).values()) for n, m in layers.items()}
+        factors = {n: list(trained_parts(m, name).values()) for n, m in layers.items()}
         flat = [f for parts in factors.values() for f in parts]
         live = total.requires_grad  # type: ignore[union-attr]
         found = torch.autograd.grad(total, flat, allow_unused=True) if live else [None] * len(flat)  # type: ignore[arg-type]
@@ -191,7 +190,7 @@ def _check_file(model: nn.Module, bare: nn.Module, run: _Run, name: str) -> None
     _copy_flags(model, bare)
     theirs = adapters.layers_with(bare, name)
     for layer, mine in adapters.layers_with(model, name).items():
-        ours, other = mine.lora_stored(name), theirs[layer].lora_stored(name)
+        ours, other = stored_parts(mine, name), stored_parts(theirs[layer], name)
         same = ours.keys() == other.keys() and all(_equal(ours[k], other[k]) for k in ours)
         _demand(same, law, layer)
     with torch.no_grad(), _buffers_kept(bare), _buffers_kept(model):

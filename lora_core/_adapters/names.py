@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
-from lora_core._layers import CHILD, LoRAMixin, Strength
+from lora_core._layers import CHILD, LoRAMixin, Strength, parts_of, trained_parts
 from lora_core._reports import AdapterSummary, Summary, count
 
 
@@ -31,14 +31,14 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRAMixin]:
 
 def adapter_names(layers: Mapping[str, LoRAMixin]) -> list[str]:
     """The names of all adapters on these layers, in order of arrival."""
-    return list(dict.fromkeys(name for layer in layers.values() for name in layer.lora_configs))
+    configs = (layer.lora_state.configs for layer in layers.values())
+    return list(dict.fromkeys(name for found in configs for name in found))
 
 
 def without_base(layers: Mapping[str, LoRAMixin]) -> list[str]:
     """Those whose original weights are gone: merged with ``reversible=False``."""
-    return [
-        n for n, m in layers.items() if m.lora_merged is not None and m.lora_merged.kept is None
-    ]
+    merged = {n: m.lora_state.merged for n, m in layers.items()}
+    return [n for n, state in merged.items() if state is not None and state.kept is None]
 
 
 def layers_with(model: nn.Module, name: str | None) -> dict[str, LoRAMixin]:
@@ -53,7 +53,7 @@ def layers_with(model: nn.Module, name: str | None) -> dict[str, LoRAMixin]:
             f"The model must have an adapter, but this {type(model).__name__} has none."
             " Call `inject` or `load` first."
         )
-    found = {n: m for n, m in layers.items() if name is None or name in m.lora_configs}
+    found = {n: m for n, m in layers.items() if name is None or name in m.lora_state.configs}
     if not found:
         raise AdapterError(
             f"`name` must be an adapter of the model, but is {name!r};"
@@ -109,9 +109,9 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     return [
         part
         for layer in layers.values()
-        for adapter in layer.lora_configs
+        for adapter in layer.lora_state.configs
         if name in (None, adapter)
-        for part in layer.lora_trained_parts(adapter).values()
+        for part in trained_parts(layer, adapter).values()
     ]
 
 
@@ -120,21 +120,23 @@ def summary(model: nn.Module) -> Summary:
     layers = adapted_layers(model)
     adapters = []
     for name in adapter_names(layers):
-        mine = {n: m for n, m in layers.items() if name in m.lora_configs}
-        factors = [part for m in mine.values() for part in m.lora_parts(name).values()]
+        mine = {n: m for n, m in layers.items() if name in m.lora_state.configs}
+        configs = {m.lora_state.configs[name] for m in mine.values()}
+        factors = [part for m in mine.values() for part in parts_of(m, name).values()]
         strengths = (_strengths(m)[name] for m in mine.values() if name in _strengths(m))
         adapters.append(
             AdapterSummary(
                 name=name,
                 layers=tuple(mine),
-                ranks=tuple(sorted({m.lora_configs[name].rank for m in mine.values()})),
-                scales=tuple(sorted({m.lora_configs[name].scale for m in mine.values()})),
+                ranks=tuple(sorted({config.rank for config in configs})),
+                scales=tuple(sorted({config.scale for config in configs})),
                 parameters=count(factors),
                 nbytes=sum(p.numel() * p.element_size() for p in factors),
                 strengths=tuple(dict.fromkeys(strengths)),
                 trainable=any(p.requires_grad for p in factors),
                 merged=any(
-                    m.lora_merged and name in m.lora_merged.strengths for m in mine.values()
+                    state is not None and name in state.strengths
+                    for state in (m.lora_state.merged for m in mine.values())
                 ),
             )
         )
@@ -148,7 +150,5 @@ def summary(model: nn.Module) -> Summary:
 
 def _strengths(layer: LoRAMixin) -> Mapping[str, Strength]:
     """The strengths that a layer's output shows: those merged in, or those selected."""
-    if layer.lora_merged is not None:
-        merged: Mapping[str, Strength] = layer.lora_merged.strengths
-        return merged
-    return layer.lora_strengths()
+    state = layer.lora_state
+    return state.strengths if state.merged is None else state.merged.strengths

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_core._adapters import adapter_names, layers_with
 from lora_core._config import check_positive
 from lora_core._errors import ConfigError, MergeError, listed
-from lora_core._layers import LoRAMixin
+from lora_core._layers import LoRAMixin, factors_of, update_norm
 from lora_core._reports import NormReport
 
 
@@ -47,7 +47,7 @@ def limit_norm(model: nn.Module, name: str | None = None, *, max_norm: float) ->
     """
     limit = check_positive("max_norm", max_norm)
     layers = layers_with(model, name)
-    merged = [n for n, m in layers.items() if m.lora_merged is not None]
+    merged = [n for n, m in layers.items() if m.lora_state.merged is not None]
     if merged:
         raise MergeError(
             f"A norm must be limited while unmerged, but {listed(merged)} is merged."
@@ -58,7 +58,7 @@ def limit_norm(model: nn.Module, name: str | None = None, *, max_norm: float) ->
         (adapter, n): layer
         for adapter in names
         for n, layer in layers.items()
-        if adapter in layer.lora_configs
+        if adapter in layer.lora_state.configs
     }
     odd = [f"{n}.{a}".lstrip(".") for (a, n), m in found.items() if not _is_product(m, a)]
     if odd:
@@ -67,7 +67,7 @@ def limit_norm(model: nn.Module, name: str | None = None, *, max_norm: float) ->
             " DoRA's, or has first factors subtracted. Leave these adapters out."
         )
     with torch.no_grad():
-        norms = {(a, n): float(m.lora_norm(a, *m.lora_factors(a))) for (a, n), m in found.items()}
+        norms = {(a, n): float(update_norm(m, a, *factors_of(m, a))) for (a, n), m in found.items()}
         bad = [f"{n}.{a}".lstrip(".") for (a, n), norm in norms.items() if not math.isfinite(norm)]
         if bad:
             raise ConfigError(
@@ -80,25 +80,25 @@ def limit_norm(model: nn.Module, name: str | None = None, *, max_norm: float) ->
             if norm > limit
         }
         for (adapter, n), factors in small.items():
-            for factor, values in zip(layers[n].lora_factors(adapter), factors, strict=True):
+            for factor, values in zip(factors_of(layers[n], adapter), factors, strict=True):
                 factor.copy_(values)
     before = {a: {n: norms[a, n] for n in layers if (a, n) in norms} for a in names}
     return NormReport(limit, before)
 
 
 def _is_product(layer: LoRAMixin, adapter: str) -> bool:
-    config = layer.lora_configs[adapter]
+    config = layer.lora_state.configs[adapter]
     return not config.dora and not config.subtracted
 
 
 def _shrunk(layer: LoRAMixin, adapter: str, norm: float, limit: float) -> tuple[Tensor, Tensor]:
     """An adapter's factors at the limit, or as little below as their dtype allows."""
-    lora_A, lora_B = layer.lora_factors(adapter)
+    lora_A, lora_B = factors_of(layer, adapter)
     margin = 0.0
     while True:
         root = math.sqrt(limit / norm * (1 - margin))
         small = lora_A * root, lora_B * root
-        if layer.lora_norm(adapter, *small) <= limit:
+        if update_norm(layer, adapter, *small) <= limit:
             return small
         # rounding left it a trifle above
         margin = min(2 * margin or torch.finfo(lora_A.dtype).eps / 4, 1.0)

@@ -5,10 +5,12 @@ from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._errors import ConfigError, UnsupportedLayerError, listed
-from lora_core._layers.attaching import call_me
-from lora_core._layers.linear import LoRALinear, is_fused
-from lora_core._layers.mixin import KINDS, LoRAMixin
-from lora_core._layers.weights import LoRAWeight, WeightReader
+from lora_core._layers.attachment import call_me
+from lora_core._layers.kind import runs_as_torch
+from lora_core._layers.linear import LoRALinear
+from lora_core._layers.mixin import LoRAMixin
+from lora_core._layers.updates import active
+from lora_core._layers.weight import WeightReader
 from lora_core.kernels import Plan
 
 _HIDDEN = "the adapters are merged into the weight, and `disabled` shows the base"
@@ -51,28 +53,28 @@ def explain(layer: nn.Module, x: Tensor) -> Plan:
     _check_input(layer, x)
     # the dropout of ranks draws, and the layer's own call must draw the same
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        active = layer.lora_active(x)
-    if layer.lora_merged is not None:
-        hidden = layer.lora_merged.merged is not None
+        found, merged = active(layer, x), layer.lora_state.merged
+    if merged is not None:
+        hidden = merged.merged is not None
         return Plan("frozen", _HIDDEN if hidden else "the adapters are merged into the weight")
-    if not active.updates:
+    if not found.updates:
         return Plan("frozen", "no adapter is active")
-    if isinstance(layer, LoRAWeight):
+    if layer.lora_kind.is_read:
         return Plan("composed", "the parameter reads as its value plus the update")
     if not isinstance(layer, LoRALinear):
         return Plan("composed", "the host's own forward makes the base, the update is added")
-    if len(active.updates) > 1:
+    if len(found.updates) > 1:
         return Plan("composed", "the active adapters differ in dropout: each is a sum of its own")
-    if not is_fused(active):
+    if not found.is_one_update:
         return Plan("composed", "an adapter has a magnitude or a bias beside its two factors")
-    lora_A, lora_B, gain, dropout = active.updates[0]
+    lora_A, lora_B, gain, dropout = found.updates[0]
     return functional.fused_plan(x, layer.weight, layer.bias, lora_A, lora_B, gain, dropout=dropout)
 
 
 def _check_input(layer: LoRAMixin, x: Tensor) -> None:
     """Refuses what the call would stumble over, as far as it is known what the host makes of it."""
     kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-    if layer.lora_kind == "embedding":
+    if layer.lora_kind.takes_indices:
         if kind not in (torch.int64, torch.int32):
             raise ConfigError(f"`x` must be a tensor of int64 or int32 indices, but is {kind}.")
         return
@@ -80,7 +82,7 @@ def _check_input(layer: LoRAMixin, x: Tensor) -> None:
         raise ConfigError(f"`x` must be a floating tensor, but is {kind}.")
     if not _is_known(layer):
         return
-    weight, shape, fits = layer.weight, *_shape_of_input(layer, x)
+    weight, shape, fits = layer.weight, *layer.lora_kind.inputs(layer, x)
     if not fits:
         raise ConfigError(f"`x` must have shape {shape}, but has {tuple(x.shape)}.")
     is_plain = type(weight) in (Tensor, nn.Parameter)
@@ -95,23 +97,4 @@ def _is_known(layer: LoRAMixin) -> bool:
     """Whether the host is called with `x` as it is, and by a forward of torch's own."""
     if any(hook is not call_me for hook in layer._forward_pre_hooks.values()):
         return False
-    return layer.lora_linear_in_weight or any(
-        issubclass(layer.host_class, kind) and layer.host_class.forward is kind.forward
-        for kind in KINDS
-    )
-
-
-def _shape_of_input(layer: LoRAMixin, x: Tensor) -> tuple[str, bool]:
-    """The shape that an input must have, and whether this one has it."""
-    if isinstance(layer, LoRAWeight):
-        home, name = layer.lora_home()
-        whole = home._parameters[name]
-        assert whole is not None
-        return str(tuple(whole.shape)), x.shape == whole.shape
-    if layer.lora_kind == "conv":
-        channels, places = int(layer.in_channels), layer.weight.ndim - 2  # type: ignore[arg-type]
-        rest = ", ".join(["size"] * places)
-        shape = f"(batch, {channels}, {rest}), or the same without batch"
-        return shape, x.ndim - places in (1, 2) and x.shape[-places - 1] == channels
-    size, _ = layer.lora_sizes(layer)
-    return f"(..., {size})", x.ndim > 0 and x.shape[-1] == size
+    return runs_as_torch(layer)

@@ -15,10 +15,11 @@ from torch.fx import Proxy
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
-from lora_core._layers.anatomy import Shape
-from lora_core._layers.calling import checked, node_of, settled
-from lora_core._layers.mixin import LoRAMixin, swap
-from lora_core._layers.state import bare_state
+from lora_core._layers.calls import checked, node_of, settled
+from lora_core._layers.kind import NAMED, Kind, Shape, swap
+from lora_core._layers.mixin import LoRAMixin
+from lora_core._layers.state import STATE, State
+from lora_core._layers.updates import active
 from lora_core.kernels.norms import without_autocast
 
 CHILD = "lora_at"  # what the child that carries the factors is called in its owner
@@ -63,23 +64,107 @@ class Slot:
         return found
 
 
-class LoRAWeight(LoRAMixin):
-    """Adapters on a parameter: maps the parameter to its sum with the updates.
+class WeightKind(Kind):
+    """Adapters on a parameter that is read: a matrix, a batch of matrices, or a vector as a row.
 
     A parameter of more than two dimensions, such as the weights of several experts (E, out, in),
     is a batch of matrices, each with factors of its own: ``lora_A`` (E, rank, in), ``lora_B``
-    (E, out, rank). One of a single dimension, as normalisation has, is a row.
+    (E, out, rank).
     """
 
-    host_class: ClassVar[type[nn.Module]] = nn.Module
-    lora_kind: ClassVar[str] = "weight"
-    lora_linear_in_weight: ClassVar[bool] = True
-    lora_rank_dims: ClassVar[tuple[int, int]] = (-2, -1)
+    name = "weight"
+    rank_dims = (-2, -1)
+    is_batched = True
+    is_read = True
+    follows_weight = True
+
+    def sizes(self, host: Any) -> tuple[int, int]:
+        """``(in, out)`` of the last two dimensions."""
+        *_, out_features, in_features = self.matrix(host.weight).shape
+        return int(in_features), int(out_features)
+
+    def shapes(self, host: Any, config: AdapterConfig) -> dict[str, Shape]:
+        """The shapes of the parts, the parameter's leading dimensions before them."""
+        *batch, out, size = self.matrix(host.weight).shape
+        down, up = (*batch, config.room, size), (*batch, out, config.room)
+        every = {"lora_A": down, "lora_B": up, "lora_A0": down, "lora_B0": up}
+        return {part: every[part] for part in config.parts if part in every}
+
+    def refusal(self, host: Any, config: AdapterConfig) -> str:  # noqa: ARG002
+        """Which setting needs the input of a layer, or its output."""
+        asked = {
+            "`dropout`": config.dropout,
+            "`dora`": config.dora,
+            "`bias`": config.bias,
+            "`tucker`": config.tucker,
+            "`init='eva'`": config.starts_from == "inputs",
+        }
+        wrong = [what for what, value in asked.items() if value]
+        return (
+            f"{wrong[0]} is for layers that are called, and this parameter is only read"
+            if wrong
+            else ""
+        )
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The parameter itself, a vector as a row."""
+        return weight[None] if weight.ndim == 1 else weight
+
+    def like_weight(self, dense: Tensor, weight: Tensor) -> Tensor:
+        """The matrix itself, or its row."""
+        return dense.view(weight.shape)
+
+    def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors as they are, batches of matrices perhaps."""
+        return lora_A, lora_B
+
+    def subtracted(self, lora_A: Tensor, lora_B: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:
+        """`functional.subtracted` for a batch of matrices, whose ranks are not their first."""
+        (A, A0), (B, B0) = (lora_A, first[0]), (lora_B, first[1])
+        down, up = functional.subtracted(
+            A.movedim(-2, 0), B.movedim(-1, 1), A0.movedim(-2, 0), B0.movedim(-1, 1)
+        )
+        return down.movedim(0, -2), up.movedim(1, -1)
+
+    def inputs(self, layer: Any, x: Tensor) -> tuple[str, bool]:
+        """That of the whole parameter."""
+        whole = layer.owner._parameters[layer.lora_parameter]
+        return str(tuple(whole.shape)), x.shape == whole.shape
+
+    def home(self, layer: Any) -> tuple[nn.Module, str]:
+        """The owner, and the parameter's name there."""
+        return layer.owner, layer.lora_parameter
+
+    def held(self, layer: Any) -> Tensor:
+        """The rows' values; a copy where others share the parameter."""
+        values: Tensor = layer.weight.data
+        return values if layer.lora_rows is None else values.clone()
+
+    def held_bias(self, layer: Any) -> None:
+        """None: a parameter that is read has no bias."""
+
+    def put(self, layer: Any, weight: Tensor, bias: Tensor | None = None) -> None:  # noqa: ARG002
+        """Gives the rows other values, in place."""
+        whole = layer.owner._parameters[layer.lora_parameter]
+        values = weight
+        if layer.lora_rows is not None:  # who has read the whole keeps what it was
+            values = whole.data.clone()
+            values[layer.lora_rows[0] : layer.lora_rows[1]].copy_(weight)
+        swap(whole, values)
+
+
+WEIGHT = NAMED["weight"] = WeightKind()
+
+
+class LoRAWeight(LoRAMixin):
+    """Adapters on a parameter: maps the parameter to its sum with the updates."""
+
+    host_class, lora_kind = nn.Module, WEIGHT
 
     def __init__(self, slot: Slot) -> None:
         nn.Module.__init__(self)
         self.training = slot.owner.training
-        vars(self).update(bare_state())
+        vars(self)[STATE] = State()
         # in a tuple, or it would be a child of its own child
         vars(self)["lora_owner"] = (slot.owner,)
         self.lora_parameter, self.lora_label, self.lora_rows = (
@@ -98,98 +183,21 @@ class LoRAWeight(LoRAMixin):
         """The parameter's rows as they are."""
         return _rows(self.owner, self.lora_parameter, self.lora_rows)
 
-    @classmethod
-    def lora_sizes(cls, host: nn.Module) -> tuple[int, int]:
-        """``(in, out)`` of the last two dimensions."""
-        *_, out_features, in_features = cls.lora_matrix(host.weight).shape  # type: ignore[arg-type]
-        return int(in_features), int(out_features)
-
-    @classmethod
-    def lora_shapes(cls, host: nn.Module, config: AdapterConfig) -> dict[str, Shape]:
-        """The shapes of the parts, the parameter's leading dimensions before them."""
-        *batch, out, size = cls.lora_matrix(host.weight).shape  # type: ignore[arg-type]
-        down, up = (*batch, config.room, size), (*batch, out, config.room)
-        every = {"lora_A": down, "lora_B": up, "lora_A0": down, "lora_B0": up}
-        return {part: every[part] for part in config.parts if part in every}
-
-    @classmethod
-    def lora_refusal(cls, host: nn.Module, config: AdapterConfig) -> str:  # noqa: ARG003
-        """Which setting needs the input of a layer, or its output."""
-        asked = {
-            "`dropout`": config.dropout,
-            "`dora`": config.dora,
-            "`bias`": config.bias,
-            "`tucker`": config.tucker,
-            "`init='eva'`": config.init == "eva",
-        }
-        wrong = [what for what, value in asked.items() if value]
-        return (
-            f"{wrong[0]} is for layers that are called, and this parameter is only read"
-            if wrong
-            else ""
-        )
-
-    @classmethod
-    def lora_matrix(cls, weight: Tensor) -> Tensor:
-        """The parameter itself, a vector as a row."""
-        return weight[None] if weight.ndim == 1 else weight
-
-    @classmethod
-    def lora_like_weight(cls, dense: Tensor, weight: Tensor) -> Tensor:
-        """The matrix itself, or its row."""
-        return dense.view(weight.shape)
-
     def forward(self, weight: Tensor) -> Tensor:
         """The parameter plus the active updates; only `lora_rows` of it change."""
-        updates = self.lora_active().updates
+        updates = active(self).updates
         if not updates:
             return weight
         (lora_A, lora_B, gain, _), *_ = updates
         start, stop = self.lora_rows or (0, weight.shape[0])
         with without_autocast(weight):
             rows = weight[start:stop]
-            delta = self.lora_like_weight(functional.lora_delta(lora_A, lora_B, gain), rows)
+            delta = WEIGHT.like_weight(functional.lora_delta(lora_A, lora_B, gain), rows)
             mine = functional.merged_weight(rows, delta)
         whole = mine
         if self.lora_rows is not None:
             whole = torch.cat([weight[:start], mine, weight[stop:]])
         return checked(self, whole)
-
-    @staticmethod
-    def lora_subtracted(lora_A: Tensor, lora_B: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:
-        """`functional.subtracted` for a batch of matrices, whose ranks are not their first."""
-        (A, A0), (B, B0) = (lora_A, first[0]), (lora_B, first[1])
-        down, up = functional.subtracted(
-            A.movedim(-2, 0), B.movedim(-1, 1), A0.movedim(-2, 0), B0.movedim(-1, 1)
-        )
-        return down.movedim(0, -2), up.movedim(1, -1)
-
-    @staticmethod
-    def lora_as_matrices(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors as they are, batches of matrices perhaps."""
-        return lora_A, lora_B
-
-    def lora_home(self) -> tuple[nn.Module, str]:
-        """The owner, and the parameter's name there."""
-        return self.owner, self.lora_parameter
-
-    def lora_held(self) -> Tensor:
-        """The rows' values; a copy where others share the parameter."""
-        values = self.weight.data
-        return values if self.lora_rows is None else values.clone()
-
-    def lora_held_bias(self) -> None:
-        """None: a parameter that is read has no bias."""
-
-    def lora_put(self, weight: Tensor, bias: Tensor | None = None) -> None:  # noqa: ARG002
-        """Gives the rows other values, in place."""
-        whole = self.owner._parameters[self.lora_parameter]
-        assert whole is not None
-        values = weight
-        if self.lora_rows is not None:  # who has read the whole keeps what it was
-            values = whole.data.clone()
-            values[self.lora_rows[0] : self.lora_rows[1]].copy_(weight)
-        swap(whole, values)
 
     def leave(self) -> None:
         """Takes the child off its owner, in place; with the last one the owner's class goes."""
@@ -301,7 +309,7 @@ def _reading(parameter: str, children: list[str]) -> property:
             read: Tensor = value
             for layer in layers:
                 read = layer(read)
-            merged = any(layer.lora_merged is not None for layer in layers)
+            merged = any(layer.lora_state.merged is not None for layer in layers)
             # what an unmerge gives the Parameter must not reach who reads it now
             return read.view_as(read) if merged else read
 

@@ -5,9 +5,8 @@ from contextlib import AbstractContextManager, _GeneratorContextManager, context
 
 from torch import nn
 
-from lora_core._adapters import scopes
-from lora_core._adapters.listing import layers_with
-from lora_core._layers import BARE, PINS, Pin, pin_of
+from lora_core._adapters.names import layers_with
+from lora_core._layers import BARE, PINS, State, lock, pin_of
 
 
 def pinned(model: nn.Module) -> _GeneratorContextManager[None]:
@@ -66,19 +65,19 @@ def checkpoint_context(model: nn.Module) -> Callable[[], Contexts]:
     return contexts
 
 
-def _now(model: nn.Module) -> dict[nn.Module, Pin]:
+def _now(model: nn.Module) -> dict[nn.Module, State]:
     layers = layers_with(model, None)
-    with scopes.LOCK:
-        bare: dict[nn.Module, Pin] = dict.fromkeys(model.modules(), BARE)
-        now: dict[nn.Module, Pin] = {m: (m.lora_selection, m.lora_configs) for m in layers.values()}
-    known: dict[nn.Module, Pin] = {
+    with lock():
+        bare: dict[nn.Module, State] = dict.fromkeys(model.modules(), BARE)
+        now: dict[nn.Module, State] = {m: m.lora_state for m in layers.values()}
+    known: dict[nn.Module, State] = {
         m: pin for m in layers.values() if PINS.blocks and (pin := pin_of(m)) is not None
     }
     return {**bare, **now, **known}
 
 
 @contextmanager
-def _shown(pins: dict[nn.Module, Pin]) -> Iterator[None]:
+def _shown(pins: dict[nn.Module, State]) -> Iterator[None]:
     before = PINS.blocks
     PINS.blocks = (*before, {**(before[-1] if before else {}), **pins})
     try:

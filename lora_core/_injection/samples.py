@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core._errors import ConfigError, TargetError, listed
-from lora_core._injection.targets import Candidate
+from lora_core._injection.candidates import Candidate
 from lora_core._reports import Report
 
 
@@ -29,7 +29,7 @@ def sampled(
     asking = {
         layer.name: candidate.module
         for layer, candidate in zip(report.layers, chosen, strict=True)
-        if layer.config.init == "eva"
+        if layer.config.starts_from == "inputs"
     }
     if not asking and samples is not None:
         raise ConfigError('`samples` must go with `init="eva"`, but nothing asks for them.')

@@ -1,12 +1,71 @@
-"""The layers that patterns choose, and an error that helps where they choose none."""
+"""The layers that patterns name, or attention's projections, and an error that helps where none."""
 
 import difflib
-from collections.abc import Sequence
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+from torch import nn
 
 from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
-from lora_core._injection.targets.attention import attention_projections
-from lora_core._injection.targets.patterns import Pattern, Patterns, as_patterns, matches, shown
-from lora_core._injection.targets.walking import Candidate, unregistered
+from lora_core._injection.candidates import Candidate, unregistered
+from lora_core._injection.dialects import DIALECTS
+from lora_core._layers import PROJECTIONS, kind_for
+
+type_ = type
+Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Sequence[Pattern]
+
+
+def as_patterns(what: str, patterns: Patterns) -> list[Pattern]:
+    """`patterns` as a list, each of a kind that can be matched."""
+    single = isinstance(patterns, str | re.Pattern | type_) or not isinstance(patterns, Iterable)
+    items: list[Pattern] = [patterns] if single else list(patterns)  # type: ignore[list-item, arg-type]
+    for item in items:
+        module_class = isinstance(item, type_) and issubclass(item, nn.Module)
+        is_name = isinstance(item, re.Pattern) or (isinstance(item, str) and item)
+        predicate = callable(item) and not isinstance(item, type_ | nn.Module)
+        if not (is_name or module_class or predicate):
+            raise ConfigError(
+                f"`{what}` must hold glob strings, compiled regexes, module classes or predicates"
+                f" (name, module), but holds {item!r}."
+            )
+    return items
+
+
+def matches(pattern: Pattern, candidate: Candidate) -> bool:
+    """Whether a pattern names this module under any of its names.
+
+    A string is a glob over the dotted name, or over any tail of it that begins after a dot, so
+    that a bare word is the last segment and "to_out.0" finds every such pair of segments. A raw
+    parameter must be called by its own name at the end of such a pattern; nothing else finds it.
+    """
+    if candidate.raw and not (
+        isinstance(pattern, str) and pattern.rpartition(".")[2] == candidate.name.rpartition(".")[2]
+    ):
+        return False
+    if isinstance(pattern, str):
+        pattern = _glob(pattern)
+    if isinstance(pattern, re.Pattern):
+        return any(map(pattern.fullmatch, candidate.names))
+    if isinstance(pattern, type_):
+        return any(isinstance(owner, pattern) for owner in candidate.owners)
+    return any(bool(pattern(name, candidate.owners[0])) for name in candidate.names)
+
+
+@lru_cache
+def _glob(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?s:.*\.)?(?:{fnmatch.translate(pattern)})")
+
+
+def shown(pattern: Pattern) -> str:
+    """A pattern as a message names it."""
+    if isinstance(pattern, re.Pattern):
+        return f"the regex {pattern.pattern!r}"
+    if isinstance(pattern, str):
+        return repr(pattern)
+    return getattr(pattern, "__name__", repr(pattern))
 
 
 def choose(
@@ -131,3 +190,44 @@ def _no_attention(adaptable: Sequence[Candidate], unseen: Sequence[Candidate]) -
         "The model must have attention projections that `inject` knows by name and place, but"
         f" none of its {len(layers)} adaptable layers is one.{repair}{more}"
     )
+
+
+def attention_projections(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """The attention projections by first name, with the title of the dialect that found each."""
+    by_name = {name: c for c in candidates for name in c.names}
+    found: dict[str, str] = {}
+    for name, block in by_name.items():
+        if not isinstance(block.module, nn.Module):
+            continue
+        if isinstance(block.module, nn.MultiheadAttention):
+            here = [_child(by_name, name, child) for child in (*PROJECTIONS, "out_proj")]
+            found.update({c.name: "nn.MultiheadAttention" for c in here if c})
+        children = block.module._modules
+        for dialect in DIALECTS:
+            if not any(child.partition(".")[0] in children for child in dialect.inputs):
+                continue
+            if dialect.place and not _says_attention(name, block.module):
+                continue
+            here = [_child(by_name, name, child) for child in dialect.inputs]
+            if dialect.whole and not all(here):
+                continue
+            if any(here):
+                here += [_child(by_name, name, child) for child in dialect.outputs]
+                found.update({c.name: dialect.title for c in here if c})
+    return found
+
+
+def _child(by_name: dict[str, Candidate], block: str, child: str) -> Candidate | None:
+    if child.startswith("../"):
+        block, child = block.rpartition(".")[0], child.removeprefix("../")
+        parent = by_name[block].module
+        if not isinstance(parent, nn.Module) or not _says_attention(block, parent):
+            return None
+    candidate = by_name.get(f"{block}.{child}".lstrip("."))
+    kind = kind_for(candidate.module) if candidate and candidate.adaptable else None
+    return candidate if kind and kind.is_matrix else None
+
+
+def _says_attention(name: str, module: nn.Module) -> bool:
+    words = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    return "attn" in words or "attention" in words

@@ -10,51 +10,52 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from lora_core._config import AdapterConfig
 from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
-from lora_core._layers.state import NOTHING, Change, Selection
+from lora_core._layers.state import Change, State, change, state_of
 
 _MOMENT = 1e-4  # seconds between two looks at a change that another thread makes
 _LARGEST = 2**31  # a size of a dimension stays below
 
-
-Pin = tuple[Selection, Mapping[str, AdapterConfig]]  # what a layer had active, and its settings
-BARE: Pin = (NOTHING, {})  # of a module without adapters
+BARE = State()  # of a module without adapters
 
 
 class _Pins(threading.local):
     """What the running thread has pinned of every module, the innermost block last."""
 
-    blocks: tuple[Mapping[nn.Module, Pin], ...] = ()
+    blocks: tuple[Mapping[nn.Module, State], ...] = ()
 
 
 PINS = _Pins()
 
 
-def selection_of(layer: nn.Module) -> Selection:
-    """The active adapters of a layer, as the running thread sees them.
+def is_ordinary(x: object) -> bool:
+    """Whether a call is nothing but arithmetic: not traced, checkpointed or pinned."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or PINS.blocks:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def seen_state(layer: nn.Module) -> State:
+    """The state of a layer, as the running thread sees it.
 
     Raises:
-        AdapterError: If one that is pinned was taken off, or replaced.
+        AdapterError: If an adapter that is pinned was taken off, or replaced.
     """
-    chosen: Selection = layer.lora_selection  # type: ignore[assignment]
-    if not PINS.blocks:
-        return chosen
-    pin = pin_of(layer)
+    state: State = layer.lora_state  # type: ignore[assignment]
+    pin = pin_of(layer) if PINS.blocks else None
     if pin is None:
-        return chosen
-    (names, *_), configs = pin
-    here: Mapping[str, AdapterConfig] = layer.lora_configs  # type: ignore[assignment]
-    gone = [name for name in names if here.get(name) is not configs[name]]
+        return state
+    names, here = pin.selection.names, state.configs
+    gone = [name for name in names if here.get(name) is not pin.configs[name]]
     if gone:
         raise AdapterError(
             f"An adapter must stay while it is pinned, but {listed(gone)} was taken off or"
             " replaced. Eject or replace it after `with pinned(model)`."
         )
-    return pin[0]
+    return state._replace(selection=pin.selection)
 
 
-def pin_of(layer: nn.Module) -> Pin | None:
+def pin_of(layer: nn.Module) -> State | None:
     """What the running thread pinned of a layer; None where it pinned nothing."""
     pins = PINS.blocks[-1]
     # a parameter that was adapted since then was a bare one of its owner
@@ -86,14 +87,14 @@ def changing(*layers: nn.Module) -> Iterator[None]:
 
     Calls in other threads that begin meanwhile wait, and those under way run again: see `settled`.
     """
-    begun, over = Change(threading.get_ident()), Change(None)
+    begun, over = Change(threading.get_ident()), Change()
     try:
         for layer in layers:
-            vars(layer)["lora_changes"] = begun
+            change(layer, change=begun)
         yield
     finally:
         for layer in layers:
-            vars(layer)["lora_changes"] = over
+            change(layer, change=over)
 
 
 @contextmanager
@@ -103,21 +104,27 @@ def at_rest(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            if vars(layer)["lora_changes"].thread == threading.get_ident():
-                vars(layer)["lora_changes"] = Change(None)
+            state = state_of(layer)
+            if state is not None and state.change.thread == threading.get_ident():
+                change(layer, change=Change())
 
 
-def settled(layers: Sequence[nn.Module], compute: Callable[[], Tensor]) -> Tensor:
+def settled(layers: Sequence[Any], compute: Callable[[], Tensor]) -> Tensor:
     """What `compute` gives for these layers, all of it before a change or after it."""
     if torch.compiler.is_compiling():  # where a graph would take each change for another model
         return compute()
     while True:
-        before: list[Any] = [layer.lora_changes for layer in layers]
-        if any(change.thread not in (None, threading.get_ident()) for change in before):
+        before: list[Any] = [layer.lora_state.change for layer in layers]
+        if any(found.thread not in (None, threading.get_ident()) for found in before):
             time.sleep(_MOMENT)
             continue
-        out = compute()
-        if all(layer.lora_changes is b for layer, b in zip(layers, before, strict=True)):
+        try:
+            out = compute()
+        except (AttributeError, KeyError):  # of an adapter that another thread took off
+            if all(layer.lora_state.change is b for layer, b in zip(layers, before, strict=True)):
+                raise
+            continue
+        if all(layer.lora_state.change is b for layer, b in zip(layers, before, strict=True)):
             return out
 
 
@@ -163,7 +170,7 @@ def checked(layer: nn.Module, out: Tensor) -> Tensor:
         return out
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None or not out.requires_grad:
         return out
-    names, strengths, _, _ = selection_of(layer)
+    names, strengths, *_ = seen_state(layer).selection
     marked: Tensor = _Marked.apply(out, hash((names, strengths)) % _LARGEST)  # type: ignore[no-untyped-call]
     return marked
 

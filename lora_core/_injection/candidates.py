@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from lora_core._adapters import clean
-from lora_core._injection.targets.dialects import LAST_NAMES
+from lora_core._injection.dialects import LAST_NAMES
 from lora_core._layers import (
     CHILD,
     FROZEN,
-    OWN,
     PROJECTIONS,
+    STATE,
     LoRAWeight,
     Slot,
-    mixin_for,
+    kind_for,
     slots,
     why_not,
 )
@@ -26,7 +26,7 @@ _MOST_NAMES = 16  # names of one module that are told apart
 _MOST_HELD = 4096  # a longer list or dict is one of data
 _DEEPEST = 3  # lists of dicts of lists
 _HOLDERS = (list, tuple, dict)
-_NO_PARTS = frozenset((*vars(nn.Module()), *OWN, FROZEN))  # attributes
+_NO_PARTS = frozenset((*vars(nn.Module()), STATE, FROZEN))  # attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def walk(model: nn.Module) -> list[Candidate]:
             problem = why_not(module) if has_matrix else ""
             found.append(Candidate(tuple(names), module, has_matrix, problem, (module,)))
             continue
-        adaptable = mixin_for(module) is not None
+        adaptable = kind_for(module) is not None
         readers = _readers(module, parents) if adaptable else []
         there = CHILD in module._modules
         problem = why_not(module) if adaptable and not (readers and there) else ""
@@ -118,7 +118,7 @@ def unregistered(candidates: Sequence[Candidate]) -> list[Candidate]:
                 if m not in seen:
                     seen.add(m)
                     held.append((inner, m))
-                    if mixin_for(m) is not None:
+                    if kind_for(m) is not None:
                         found.append(Candidate((clean(inner),), m, True, problem, (m,)))
     return found
 

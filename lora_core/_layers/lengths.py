@@ -1,4 +1,4 @@
-"""The row norms that a DoRA adapter needs, remembered until what they are made from changes."""
+"""The lengths of rows that DoRA needs, remembered until what they are made from changes."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def norm_of(
 
 def _keys(layer: nn.Module, name: str) -> tuple[str, ...]:
     """The parameters that an adapter's weight is made from, of the bare weight where it is ""."""
-    parts = layer.lora_configs[name].parts if name else ()  # type: ignore[index, union-attr]
+    parts = layer.lora_state.configs[name].parts if name else ()  # type: ignore[union-attr, index]
     return ("weight", *(f"{part}_{name}" for part in _DIRECTION if part in parts))
 
 

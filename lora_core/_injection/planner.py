@@ -3,12 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import nn
 
-from lora_core._config import AdapterConfig, check_name
+from lora_core._config import (
+    ASKED,
+    AdapterConfig,
+    Settings,
+    check_name,
+    checked_settings,
+    with_settings,
+)
 from lora_core._errors import (
     AdapterError,
     ConfigError,
@@ -16,35 +22,24 @@ from lora_core._errors import (
     UnsupportedLayerError,
     listed,
 )
-from lora_core._injection.targets import (
-    Candidate,
-    Patterns,
-    choose,
-    matches,
-    modules_of,
-    no_rule_match,
-    walk,
-)
+from lora_core._injection.candidates import Candidate, modules_of, walk
+from lora_core._injection.targets import Patterns, choose, matches, no_rule_match
 from lora_core._layers import (
-    OWN,
+    STATE,
     LoRAMixin,
     LoRAWeight,
     Slot,
-    checked_settings,
+    State,
     factor_names,
     host_of,
+    kind_of,
     layer_config,
-    part_shapes,
-    sizes,
+    state_of,
 )
 from lora_core._reports import LayerReport, Report, count
 
-_SETTINGS = (
-    *("rank", "alpha", "dropout", "dtype", "rslora", "dora", "bias", "tucker"),
-    *("rank_dropout", "module_dropout", "init", "reserve_rank"),
-)
 
-
+@with_settings
 def plan(
     model: nn.Module,
     rank: int = 4,
@@ -54,17 +49,8 @@ def plan(
     exclude: Patterns = (),
     rules: Mapping[str, Mapping[str, Any]] | None = None,
     name: str = "default",
-    dropout: float = 0.0,
-    dtype: torch.dtype | None = None,
-    rslora: bool = False,
-    dora: bool = False,
-    bias: bool = False,
-    tucker: bool = False,
-    rank_dropout: float = 0.0,
-    module_dropout: float = 0.0,
-    init: str = "kaiming",
-    reserve_rank: int | None = None,
     freeze: bool = True,
+    **settings: Unpack[Settings],
 ) -> Report:
     """What `inject` with the same arguments would do; changes nothing.
 
@@ -78,21 +64,8 @@ def plan(
         exclude: Patterns for chosen layers to leave out.
         rules: Settings by pattern, as in ``{"*mid*": {"rank": 16}}``; later rules win.
         name: The adapter's name.
-        dropout: Probability of dropping an input element of the update while training.
-        dtype: Type of the factors; None means the weight's, but float32 at least.
-        rslora: Whether the scale is alpha / sqrt(rank), so that a larger rank learns as fast;
-            with alpha left out it is then sqrt(rank).
-        dora: Whether each row of the adapted weight gets a length of its own (DoRA).
-        bias: Whether the adapter adds to the bias of the layers that have one.
-        tucker: Whether a convolution's update has a core of its own between two 1x1 factors.
-        rank_dropout: Probability of dropping one of the ranks for a sample while training.
-        module_dropout: Probability of leaving a layer's update out of a call while training.
-        init: How the first factors are made: "kaiming", "gaussian" or "orthogonal" for `lora_A`
-            with `lora_B` zero; "pissa" or "olora" from the weight, subtracted on the fly so that
-            a fresh adapter still changes nothing; "eva" for `lora_A` from sample inputs.
-        reserve_rank: Ranks to make room for, so that a file of another rank can be loaded into
-            the adapter's place.
         freeze: Whether everything but the new adapter would stop training.
+        settings:
 
     Returns:
         The chosen layers, why each other one was left out, and the parameter counts.
@@ -111,18 +84,13 @@ def plan(
     """
     return draw_up(
         model,
-        settings_of(locals()),
+        {"rank": rank, "alpha": alpha, **settings},
         targets=targets,
         exclude=exclude,
         rules={} if rules is None else rules,
         name=name,
         freeze=freeze,
     )[0]
-
-
-def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among a function's arguments."""
-    return {key: arguments[key] for key in _SETTINGS}
 
 
 def draw_up(
@@ -167,10 +135,10 @@ def describe(
         LayerReport(
             c.name,
             _host_name(c),
-            *sizes(c.module),
+            *kind_of(c.module).sizes(c.module),
             config,
             c.names[1:],
-            part_shapes(c.module, config),
+            kind_of(c.module).shapes(c.module, config),
             source,
         )
         for c, config, source in zip(
@@ -213,7 +181,7 @@ def check_room(
             f" {listed(known) or 'none'}. Load without replace=True to add one."
         )
     places = {id(c): c for c in (*chosen, *holders)}
-    merged = [c.name for c in places.values() if vars(c.module).get("lora_merged") is not None]
+    merged = [c.name for c in places.values() if (state := _state(c)) and state.merged is not None]
     if merged:
         raise MergeError(
             f"A layer must be unmerged to take an adapter, but {listed(merged)} is merged."
@@ -223,7 +191,7 @@ def check_room(
     _refuse_overlap([c for c in read if id(c) in picked or set(_adapters(c)) - {name}], chosen)
     fresh = [c for c in chosen if name not in _adapters(c)]
     bare = [c for c in fresh if not isinstance(c.module, LoRAMixin)]
-    for new, clash in _holders(bare, OWN):
+    for new, clash in _holders(bare, (STATE,)):
         raise UnsupportedLayerError(
             f"A layer must leave names that begin with 'lora_' to its adapters, but"
             f" {listed(clash)} has an attribute {new!r} of its own. Rename it, or exclude the"
@@ -268,10 +236,15 @@ def _is_read(candidate: Candidate) -> bool:
     return isinstance(candidate.module, LoRAWeight)
 
 
+def _state(candidate: Candidate) -> State | None:
+    module = candidate.module
+    return state_of(module) if isinstance(module, nn.Module) else None
+
+
 def _adapters(candidate: Candidate) -> Mapping[str, AdapterConfig]:
     """The adapters that are there."""
-    found: Mapping[str, AdapterConfig] = vars(candidate.module).get("lora_configs", {})
-    return found
+    state = _state(candidate)
+    return {} if state is None else state.configs
 
 
 def _refuse_overlap(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> None:
@@ -306,10 +279,10 @@ def _configure(
                 "`rules` must map patterns to settings, as in {'*mid*': {'rank': 16}}, but holds"
                 f" {pattern!r}: {overrides!r}."
             )
-        unknown = [key for key in overrides if key not in _SETTINGS]
+        unknown = [key for key in overrides if key not in ASKED]
         if unknown:
             raise ConfigError(
-                f"`rules` must set {listed(_SETTINGS, len(_SETTINGS))}, but {pattern!r} sets"
+                f"`rules` must set {listed(ASKED, len(ASKED))}, but {pattern!r} sets"
                 f" {listed(unknown)}."
             )
         if not any(matches(pattern, c) for c in chosen):
@@ -327,7 +300,7 @@ def _configure(
             mine = {**mine, "bias": False}
         config = layer_config(c.module, mine, f" at {c.name!r}" if c.name else "")
         configs.append(known.setdefault(config, config))
-    if settings["bias"] is True and not any(config.bias for config in configs):
+    if general["bias"] and not any(config.bias for config in configs):
         raise ConfigError(
             f"`bias=True` must find a bias to add to, but none of the {len(chosen)} chosen layers"
             " has one. Leave it out."

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lora_core._injection.guarding import settle
-from lora_core._layers import FROZEN, factor_names
+from lora_core._injection.guards import settle
+from lora_core._layers import FROZEN, factor_names, state_of
 
 _NONE: Mapping[Any, Any] = {}
 
@@ -90,7 +90,8 @@ def freeze_module(module: nn.Module, adapter: str, *, others: bool) -> None:
     """Freezes a module's parameters, drops their gradients, and notes what trained."""
     record = vars(module).get(FROZEN, {})
     held = {key for found in record.values() for key in found} if record else ()
-    adapters = () if others else vars(module).get("lora_configs", ())
+    state = None if others else state_of(module)
+    adapters = () if state is None else state.configs
     spared = factor_names(adapters) if adapters else ()
     found = {}
     for key, p in module._parameters.items():

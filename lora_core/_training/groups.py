@@ -7,6 +7,7 @@ from torch import nn
 from lora_core._adapters import layers_with
 from lora_core._config import check_finite, check_positive
 from lora_core._errors import ConfigError
+from lora_core._layers import trained_parts
 
 
 def parameter_groups(
@@ -54,9 +55,9 @@ def parameter_groups(
     everything = [
         (part, p)
         for layer in layers_with(model, name).values()
-        for adapter in layer.lora_configs
+        for adapter in layer.lora_state.configs
         if name in (None, adapter)
-        for part, p in layer.lora_trained_parts(adapter).items()
+        for part, p in trained_parts(layer, adapter).items()
     ]
     asked = [
         (slow, weight_decay, [p for part, p in everything if p.ndim > 1 and part != "lora_B"]),

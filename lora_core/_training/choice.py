@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_core._adapters import adapted_layers, adapter_names, check_known, layers_with
 from lora_core._errors import ConfigError, listed
-from lora_core._layers import FROZEN, LoRAMixin
+from lora_core._layers import FROZEN, LoRAMixin, trained_parts
 from lora_core._reports import count
 
 
@@ -49,8 +49,8 @@ class Trainable(AbstractContextManager["Trainable"]):
             p
             for m in layers.values()
             for n in names
-            if n in m.lora_configs
-            for p in m.lora_trained_parts(n).values()
+            if n in m.lora_state.configs
+            for p in trained_parts(m, n).values()
         ]
         self.parameters = count(list(dict.fromkeys(chosen)))
         self._over, self._model = False, model
@@ -138,8 +138,8 @@ def _record(layer: LoRAMixin) -> dict[str, dict[str, bool]]:
 
 def _trained(layer: LoRAMixin) -> Iterator[tuple[str, str, nn.Parameter]]:
     """The adapter, the key and the Parameter of all that can train on a layer."""
-    for adapter in layer.lora_configs:
-        for part, p in layer.lora_trained_parts(adapter).items():
+    for adapter in layer.lora_state.configs:
+        for part, p in trained_parts(layer, adapter).items():
             yield adapter, f"{part}_{adapter}", p
 
 
@@ -152,7 +152,7 @@ def _look(layer: LoRAMixin) -> dict[str, _Found]:
             p.requires_grad,
             p.grad,
             {n: f[key] for n, f in record.items() if key in f},
-            layer.lora_slots[adapter],
+            layer.lora_state.slots[adapter],
         )
         for adapter, key, p in _trained(layer)
     }
@@ -186,7 +186,7 @@ def _put_back(
     """Makes flags and records what they would be had the choice never been made."""
     record = _record(layer)
     for adapter, key, p in _trained(layer):
-        slot = layer.lora_slots[adapter]
+        slot = layer.lora_state.slots[adapter]
         was = factors.get(key)
         if was is None or was.slot is not slot:
             was = usual.get(slot)

@@ -1,63 +1,44 @@
 """Whether a layer can carry an adapter, and what its settings are there."""
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_core._config import (
-    AdapterConfig,
-    check_alpha,
-    check_dropout,
-    check_dtype,
-    check_flag,
-    check_init,
-    check_rank,
-)
+from lora_core._config import AdapterConfig, check_alpha, check_rank
 from lora_core._errors import ConfigError
-from lora_core._layers.anatomy import Shape, peek
-from lora_core._layers.mixin import KINDS, LoRAMixin, TransposedLoRAMixin
-from lora_core._layers.weights import LoRAWeight, Slot
+from lora_core._layers.kind import KINDS, TRANSPOSED, Kind, host_kind, peek
+from lora_core._layers.mixin import LoRAMixin
+from lora_core._layers.parts import wide_dtype
+from lora_core._layers.weight import WEIGHT, Slot
 
 
-def mixin_for(module: nn.Module | Slot) -> type[LoRAMixin] | None:
-    """The mixin that adapts modules of this kind, None if none does."""
+def kind_for(module: nn.Module | Slot) -> Kind | None:
+    """What adapters are on modules of this kind, None if nothing."""
     if isinstance(module, LoRAMixin):
-        return type(module)
+        return module.lora_kind
     if isinstance(module, Slot):
-        return LoRAWeight
-    kind = _kind_of(type(module))  # type: ignore[arg-type]
-    if kind is not None:
-        return KINDS[kind]
+        return WEIGHT
+    host = host_kind(type(module))  # type: ignore[arg-type]
+    if host is not None:
+        return KINDS[host]
     # transformers' Conv1D, known by its looks so that transformers need not be installed
     weight = getattr(module, "weight", None)
     looks = type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
-    return TransposedLoRAMixin if looks and hasattr(module, "nf") else None
+    return TRANSPOSED if looks and hasattr(module, "nf") else None
 
 
-@lru_cache
-def _kind_of(cls: type) -> type[nn.Module] | None:
-    """The class that is adapted among those that a module's class derives from."""
-    return next((kind for kind in cls.__mro__ if kind in KINDS), None)
-
-
-def mixin_of(module: nn.Module | Slot) -> type[LoRAMixin]:
-    """The mixin that adapts a module of an adaptable kind."""
-    mixin = mixin_for(module)
-    assert mixin is not None
-    return mixin
+def kind_of(module: nn.Module | Slot) -> Kind:
+    """The same for a module of an adaptable kind."""
+    kind = kind_for(module)
+    assert kind is not None
+    return kind
 
 
 def sizes(module: nn.Module | Slot) -> tuple[int, int]:
     """``(in, out)`` of the matrix that an adapter of this layer changes."""
-    return mixin_of(module).lora_sizes(module)  # type: ignore[arg-type]
-
-
-def part_shapes(module: nn.Module | Slot, config: AdapterConfig) -> dict[str, Shape]:
-    """The shape of each tensor of an adapter with these settings."""
-    return mixin_of(module).lora_shapes(module, config)  # type: ignore[arg-type]
+    return kind_of(module).sizes(module)
 
 
 def why_not(module: nn.Module | Slot) -> str:
@@ -92,7 +73,7 @@ def why_not(module: nn.Module | Slot) -> str:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a subclass computes its output itself, as layers with 4-bit weights do."""
-    kind = _kind_of(type(module))  # type: ignore[arg-type]
+    kind = host_kind(type(module))  # type: ignore[arg-type]
     host = module.host_class if isinstance(module, LoRAMixin) else type(module)
     return kind is not None and host.forward is not kind.forward
 
@@ -114,21 +95,6 @@ def _why_not_weight(weight: object) -> str:
     return ""
 
 
-def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an adapter, checked as far as that takes no layer."""
-    given = dict(settings)
-    sizes = {key: given.pop(key, None) for key in ("rank", "reserve_rank", "alpha")}
-    return {
-        **sizes,
-        "dropout": check_dropout(given.pop("dropout", 0.0)),
-        "dtype": check_dtype(given.pop("dtype", None)),
-        "rank_dropout": check_dropout(given.pop("rank_dropout", 0.0), "rank_dropout"),
-        "module_dropout": check_dropout(given.pop("module_dropout", 0.0), "module_dropout"),
-        "init": check_init(given.pop("init", "kaiming")),
-        **{what: check_flag(what, value) for what, value in given.items()},
-    }
-
-
 def layer_config(
     module: nn.Module | Slot, checked: Mapping[str, Any], where: str = ""
 ) -> AdapterConfig:
@@ -139,8 +105,8 @@ def layer_config(
         checked: What `checked_settings` made of the settings.
         where: The layer, for messages.
     """
-    mixin, weight = mixin_of(module), peek(module)
-    size, out = mixin.lora_sizes(module)  # type: ignore[arg-type]
+    kind, weight = kind_of(module), peek(module)
+    size, out = kind.sizes(module)
     rank, reserve = check_rank(checked["rank"], size, out, where), checked["reserve_rank"]
     if reserve is not None:
         reserve = check_rank(reserve, size, out, where, what="reserve_rank")
@@ -157,7 +123,7 @@ def layer_config(
     dtype = checked["dtype"] or wide_dtype(weight)
     own = {"rank": rank, "reserve_rank": reserve, "alpha": alpha, "dtype": dtype}
     config = AdapterConfig(**{**checked, **own})
-    refusal = mixin.lora_refusal(module, config) or _unreadable(weight, config)  # type: ignore[arg-type]
+    refusal = kind.refusal(module, config) or _unreadable(weight, config)
     if refusal:
         raise ConfigError(f"A setting must fit its layer, but {refusal}{where}.")
     return config
@@ -176,10 +142,3 @@ def _unreadable(weight: Tensor, config: AdapterConfig) -> str:
         if config.subtracted and config.scale <= 0:
             return f"{what} needs a scale above 0, not {config.scale:g}"
     return ""
-
-
-def wide_dtype(weight: Tensor) -> torch.dtype:
-    """The type of an adapter over a weight: its own, but float32 at least."""
-    if not weight.is_floating_point():  # quantised
-        return torch.float32
-    return torch.promote_types(weight.dtype, torch.float32)

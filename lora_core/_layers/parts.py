@@ -1,0 +1,224 @@
+"""The tensors of the adapters on a layer: which there are, their first values, what is stored."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core import functional
+from lora_core._config import PARTS, AdapterConfig
+from lora_core._errors import UnsupportedLayerError
+from lora_core._layers.kind import Kind, Shape, peek
+from lora_core._layers.lengths import length_of
+
+_OWN = ("kaiming", "gaussian")  # what is drawn is a tensor of its own
+
+
+def factors_of(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """``(lora_A, lora_B)`` of one adapter."""
+    own, down, up = layer._parameters, f"lora_A_{name}", f"lora_B_{name}"
+    if down in own and up in own:  # at a tenth of what `getattr` takes
+        return own[down], own[up]
+    return getattr(layer, down), getattr(layer, up)
+
+
+def parts_of(layer: Any, name: str) -> dict[str, nn.Parameter]:
+    """All tensors of one adapter, by what they are."""
+    own = layer._parameters
+    keys = {part: f"{part}_{name}" for part in layer.lora_state.configs[name].parts}
+    # at a tenth of what `getattr` takes
+    return {part: own[k] if k in own else getattr(layer, k) for part, k in keys.items()}
+
+
+def trained_parts(layer: Any, name: str) -> dict[str, nn.Parameter]:
+    """Those that an optimiser is given."""
+    return {part: p for part, p in parts_of(layer, name).items() if not part.endswith("0")}
+
+
+def stored_parts(layer: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter as a file holds them, without ranks that are only reserved."""
+    config, whole = layer.lora_state.configs[name], parts_of(layer, name)
+    if config.room == config.rank:
+        return dict(whole)
+    cut: dict[str, Tensor] = {}
+    for part, p in whole.items():
+        values = p.detach()
+        for dim in layer.lora_kind.ranks_of(part):
+            values = values.narrow(dim, 0, config.rank)
+        cut[part] = values
+    return cut
+
+
+def reserved_parts(
+    kind: Kind, config: AdapterConfig, held: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter with zeros for the ranks that its settings reserve."""
+    wide = dict(held)
+    for part in held if config.room > config.rank else ():
+        for dim in kind.ranks_of(part):
+            shape = list(wide[part].shape)
+            shape[dim] = config.room - config.rank
+            wide[part] = torch.cat([wide[part], wide[part].new_zeros(shape)], dim)
+    return wide
+
+
+def factor_names(adapters: Iterable[str]) -> set[str]:
+    """The names that the parameters of these adapters may have on a layer."""
+    return {f"{part}_{name}" for name in adapters for part in PARTS}
+
+
+def non_finite(layers: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    """The layers one of whose factors holds NaN or infinity; few operations where none does."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for f in (f for held in layers.values() for f in held):
+        groups.setdefault((f.device, f.dtype), []).append(f.detach().reshape(-1))
+    # a sum is finite only of finite numbers; where it isn't, it may have overflowed
+    if all(bool(torch.cat(group).sum().isfinite()) for group in groups.values()):
+        return []
+    return [n for n, held in layers.items() if not all(bool(f.isfinite().all()) for f in held)]
+
+
+def wide_dtype(weight: Tensor) -> torch.dtype:
+    """The type of an adapter over a weight: its own, but float32 at least."""
+    if not weight.is_floating_point():  # quantised
+        return torch.float32
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """What fresh tensors are made under: no graph, and not the inference mode of a caller."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+def fresh_parts(
+    module: Any,
+    kind: Kind,
+    config: AdapterConfig,
+    generator: torch.Generator | None = None,
+    covariance: Tensor | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+) -> dict[str, nn.Parameter]:
+    """New tensors for an adapter of one layer, of which a forward adds nothing.
+
+    Drawn on the CPU in float32, so that a seed gives the same bits on every device. To be called
+    under `drawing`.
+
+    Args:
+        module: The layer, or the place of a parameter.
+        kind: Its kind.
+        config: The adapter's settings.
+        generator: What draws.
+        covariance: Of the layer's inputs, where `init` is made from them.
+        shapes: The shapes of its tensors, where they are known.
+    """
+    weight = peek(module)
+    wide = wide_dtype(weight)  # a length that is rounded would change a fresh adapter's output
+    shapes = kind.shapes(module, config) if shapes is None else shapes
+    if weight.is_meta:
+        values = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
+    else:
+        values = _values(module, kind, config, shapes, generator, covariance)
+    made = {
+        part: nn.Parameter(
+            value.to(weight.device, wide if part == "lora_magnitude" else config.dtype),
+            requires_grad=not part.endswith("0"),
+        )
+        for part, value in values.items()
+    }
+    if config.subtracted:
+        for first, part in (("lora_A0", "lora_A"), ("lora_B0", "lora_B")):
+            made[first].copy_(made[part])
+    return made
+
+
+def _values(
+    module: Any,
+    kind: Kind,
+    config: AdapterConfig,
+    shapes: Mapping[str, Shape],
+    generator: torch.Generator | None,
+    covariance: Tensor | None,
+) -> dict[str, Tensor]:
+    weight = peek(module)
+    size, out = kind.sizes(module)
+    rank, room = config.rank, config.room
+    batch = shapes["lora_A"][:-2] if kind.is_batched else ()
+    down = size if not config.tucker else shapes["lora_A"][1]
+    # but for what is made from the weight's values, its shape is enough
+    matrices: Sequence[Tensor | Sequence[int]] = [(out, down)] * math.prod(batch)
+    if config.subtracted:
+        matrix = kind.matrix(weight)
+        matrices = list(matrix.reshape(-1, *matrix.shape[-2:])) if batch else [matrix]
+    drawn = [
+        functional.initial_factors(
+            config.init,
+            m,
+            rank,
+            config.scale,
+            generator=generator,
+            covariance=covariance,
+            fan_in=kind.fan_in(down),
+        )
+        for m in matrices
+    ]
+    lora_A, lora_B = drawn[0]
+    if batch or config.init not in _OWN:
+        # a copy each: what was drawn may be a part of something larger
+        lora_A, lora_B = torch.stack([A for A, _ in drawn]), torch.stack([B for _, B in drawn])
+    if room > rank:
+        lora_A = nn.functional.pad(lora_A, (0, 0, 0, room - rank))
+        lora_B = nn.functional.pad(lora_B, (0, room - rank))
+    values = {
+        "lora_A": kind.laid_out("lora_A", lora_A, shapes["lora_A"]),
+        "lora_B": kind.laid_out("lora_B", lora_B, shapes["lora_B"]),
+    }
+    values |= {part: torch.zeros(shape) for part, shape in shapes.items() if part not in values}
+    if config.tucker:
+        core = values["lora_mid"][:rank, :rank]
+        bound = 1 / math.sqrt(core[0].numel())
+        core.uniform_(-bound, bound, generator=generator)
+    if config.dora and not config.dora_in:
+        values["lora_magnitude"] = length_of(module, kind.matrix(weight)).clone()
+    kind.tidy(module, values)
+    return values
+
+
+def reset_parts(layer: Any, name: str) -> None:
+    """Makes an adapter that lost its values a fresh one again, in place.
+
+    Raises:
+        UnsupportedLayerError: If it was made from values of its host, which may be gone too.
+    """
+    config: AdapterConfig = layer.lora_state.configs[name]
+    if config.dora or config.starts_from != "numbers":
+        what = "DoRA" if config.dora else f"init={config.init!r}"
+        raise UnsupportedLayerError(
+            f"An adapter must keep what it was made from, but {name!r} ({what}) lost it on the"
+            " meta device. Eject it, load the base, and inject or load it then."
+        )
+    with torch.no_grad():
+        for part, p in parts_of(layer, name).items():
+            p.zero_()
+            if part in ("lora_A", "lora_mid"):
+                _refill(layer, p, part, config)
+        layer.lora_kind.tidy(layer, {"lora_A": factors_of(layer, name)[0].data})
+
+
+def _refill(layer: Any, p: Tensor, part: str, config: AdapterConfig) -> None:
+    """Draws the first values of a part, but for ranks that are only reserved."""
+    kind: Kind = layer.lora_kind
+    for dim in kind.ranks_of(part):
+        p = p.narrow(dim, 0, config.rank)
+    if part == "lora_A" and config.init != "kaiming":
+        for matrix in p.flatten(0, -3) if p.ndim > 2 and kind.is_batched else [p]:
+            like = torch.empty(kind.sizes(layer)[1], matrix[0].numel(), device="meta")
+            drawn, _ = functional.initial_factors(config.init, like, config.rank, config.scale)
+            matrix.copy_(drawn.view(matrix.shape))
+        return
+    bound = 1 / math.sqrt(kind.fan_in(p[0].numel()))
+    p.uniform_(-bound, bound)
