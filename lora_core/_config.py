@@ -10,6 +10,7 @@ import numbers
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 from lora_core._errors import ConfigError
@@ -125,6 +126,37 @@ _NOTES = {
 }
 
 
+class Recipe(NamedTuple):
+    """What of an adapter's settings a forward goes by, as plain values.
+
+    A compiled graph guards on their values, where it would guard on the identity of a config: and
+    every load has configs of its own, which may be equal.
+
+    Attributes:
+        plain: Whether the update is two factors and a number, at every call.
+        room: Ranks that the factors have room for.
+        dropout: As in the settings; so are those that follow.
+        rank_dropout: See there.
+        module_dropout: See there.
+        tucker: See there.
+        subtracted: See there.
+        bias: See there.
+        dora: See there.
+        dora_in: See there.
+    """
+
+    plain: bool
+    room: int
+    dropout: float
+    rank_dropout: float
+    module_dropout: float
+    tucker: bool
+    subtracted: bool
+    bias: bool
+    dora: bool
+    dora_in: bool
+
+
 class Setting(NamedTuple):
     """What is known of one setting.
 
@@ -154,9 +186,11 @@ def _setting(help: str, default: Any, *, given: bool = False, **more: Any) -> An
     return field(metadata=setting) if given else field(default=default, metadata=setting)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterConfig:
     """One adapter's settings on one layer; what each of them means stands in `SETTINGS`.
+
+    One object serves all layers that are alike, so what follows from the settings is kept.
 
     Reference:
         Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
@@ -175,7 +209,7 @@ class AdapterConfig:
         given=True,
         check=check_dropout,
     )
-    dtype: "torch.dtype" = _setting(
+    dtype: "torch.dtype" = _setting(  # noqa: RUF009  # it makes a field
         "Type of the factors; None means the weight's, but float32 at least.",
         None,
         given=True,
@@ -248,7 +282,7 @@ class AdapterConfig:
         filed="",
     )
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """What the update is multiplied by at strength 1.
 
@@ -256,22 +290,22 @@ class AdapterConfig:
         """
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    @property
+    @cached_property
     def room(self) -> int:
         """Ranks that the factors have room for."""
         return self.rank if self.reserve_rank is None else self.reserve_rank
 
-    @property
+    @cached_property
     def subtracted(self) -> bool:
         """Whether the first factors are subtracted on the fly, so that a fresh adapter is zero."""
         return self.starts_from == "weight"
 
-    @property
+    @cached_property
     def starts_from(self) -> str:
         """What the first factors are made from: "numbers", "weight" or "inputs"."""
         return STARTS[self.init]
 
-    @property
+    @cached_property
     def parts(self) -> tuple[str, ...]:
         """The tensors that it consists of, by name, those that never train last."""
         return (
@@ -283,17 +317,22 @@ class AdapterConfig:
             *(("lora_A0", "lora_B0") if self.subtracted else ()),
         )
 
-    @property
+    @cached_property
     def plain_sum(self) -> bool:
         """Whether the adapter is a product of factors that is added to the weight, and no more."""
         return not self.dora and not self.bias
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether the update is two factors and a number, at every call."""
         return len(self.parts) == 2 and not self.rank_dropout and not self.module_dropout
 
-    @property
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What a forward goes by."""
+        return Recipe(*(getattr(self, key) for key in Recipe._fields))
+
+    @cached_property
     def shown(self) -> str:
         """What a layer's `repr` says of it."""
         flags = [key for key, setting in SETTINGS.items() if setting.default is False]

@@ -87,12 +87,13 @@ class LayerReport:
     @property
     def parameters(self) -> int:
         """Numbers in the adapter's tensors together."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(map(math.prod, self.shapes.values()))
 
     @property
     def trainable(self) -> int:
         """Those of them that can train."""
-        return sum(math.prod(s) for part, s in self.shapes.items() if not part.endswith("0"))
+        first = [shape for part, shape in self.shapes.items() if part.endswith("0")]
+        return self.parameters - sum(map(math.prod, first))
 
     @property
     def nbytes(self) -> int:
@@ -366,4 +367,4 @@ def _shown(value: float | tuple[float, ...]) -> str:
 
 def count(parameters: Sequence[torch.nn.Parameter]) -> int:
     """Numbers in these parameters."""
-    return sum(p.numel() for p in parameters)
+    return sum(map(torch.Tensor.numel, parameters))

@@ -28,7 +28,10 @@ class Scales(scopes.Scope, AbstractContextManager["Scales"]):
 
     def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Strength]) -> None:
         self.strengths = dict(strengths)
-        self._chosen = [(layer, select(layer, self.strengths)) for layer in layers.values()]
+        alike: dict[Any, Any] = {}
+        self._chosen = [
+            (layer, select(layer, self.strengths, None, alike)) for layer in layers.values()
+        ]
         self._choose(entered=False)
 
     def _choose(self, *, entered: bool) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -13,8 +13,11 @@ from lora_core._injection.dialects import LAST_NAMES
 from lora_core._layers import (
     CHILD,
     FROZEN,
+    LINEAR,
     PROJECTIONS,
     STATE,
+    WEIGHT,
+    Kind,
     LoRAWeight,
     Slot,
     kind_for,
@@ -36,23 +39,26 @@ class Candidate:
     Attributes:
         names: Every dotted name under which it is reached, the first one first.
         module: The module, or the place of a parameter that is read and never called.
-        adaptable: Whether its kind can carry an adapter.
+        kind: What an adapter on it would be; None where its kind can carry none.
         problem: What stands in the way on a layer of an adaptable kind.
         owners: The modules by whose class it is found.
         raw: Whether it is a parameter that only its own name finds.
+        name: The first of its names.
+        adaptable: Whether its kind can carry an adapter.
     """
 
     names: tuple[str, ...]
     module: nn.Module | Slot
-    adaptable: bool
+    kind: Kind | None
     problem: str
     owners: tuple[nn.Module, ...]
     raw: bool = False
+    name: str = field(init=False)
+    adaptable: bool = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.names[0])
+        object.__setattr__(self, "adaptable", self.kind is not None)
 
 
 def walk(model: nn.Module) -> list[Candidate]:
@@ -69,30 +75,38 @@ def walk(model: nn.Module) -> list[Candidate]:
             owners = (module.owner, *_readers(module.owner, parents))
             found.append(
                 Candidate(
-                    tuple(names), module, True, "", owners, _is_raw(module.owner, module.lora_label)
+                    tuple(names),
+                    module,
+                    module.lora_kind,
+                    "",
+                    owners,
+                    _is_raw(module.owner, module.lora_label),
                 )
             )
             continue
         if isinstance(module, torch.jit.ScriptModule):
             has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
             problem = why_not(module) if has_matrix else ""
-            found.append(Candidate(tuple(names), module, has_matrix, problem, (module,)))
+            kind = LINEAR if has_matrix else None
+            found.append(Candidate(tuple(names), module, kind, problem, (module,)))
             continue
-        adaptable = kind_for(module) is not None
-        readers = _readers(module, parents) if adaptable else []
+        kind = kind_for(module)
+        adaptable = kind is not None
+        readers = _readers(module, parents) if adaptable and module in parents else []
         there = CHILD in module._modules
         problem = why_not(module) if adaptable and not (readers and there) else ""
         is_read = bool(readers) and not problem
-        found.append(Candidate(tuple(names), module, adaptable and not is_read, problem, (module,)))
+        own = None if is_read else kind
+        found.append(Candidate(tuple(names), module, own, problem, (module,)))
         if is_read and not there:
             owners = (module, *readers)
-            found.append(Candidate(tuple(names), Slot(module, "weight", ""), True, "", owners))
+            found.append(Candidate(tuple(names), Slot(module, "weight", ""), WEIGHT, "", owners))
         beside = [Slot(module, "bias", "bias")] if is_read and _has_bias(module) else []
         for slot in (*slots(module, is_layer=adaptable), *beside):
             if slot.child not in module._modules:
                 labelled = tuple(f"{name}.{slot.label}".lstrip(".") for name in names)
                 raw = _is_raw(module, slot.label)
-                found.append(Candidate(labelled, slot, True, why_not(slot), (module,), raw))
+                found.append(Candidate(labelled, slot, WEIGHT, why_not(slot), (module,), raw))
     return found
 
 
@@ -118,8 +132,9 @@ def unregistered(candidates: Sequence[Candidate]) -> list[Candidate]:
                 if m not in seen:
                     seen.add(m)
                     held.append((inner, m))
-                    if kind_for(m) is not None:
-                        found.append(Candidate((clean(inner),), m, True, problem, (m,)))
+                    would = kind_for(m)
+                    if would is not None:
+                        found.append(Candidate((clean(inner),), m, would, problem, (m,)))
     return found
 
 
@@ -132,6 +147,12 @@ def _modules_in(value: object, name: str, depth: int) -> Iterator[tuple[str, nn.
             yield f"{name}.{key}", item, "dict" if isinstance(value, dict) else "list"
         else:
             yield from _modules_in(item, f"{name}.{key}", depth - 1)
+
+
+def kind_at(candidate: Candidate) -> Kind:
+    """What an adapter on this one would be, of one that can carry some."""
+    assert candidate.kind is not None
+    return candidate.kind
 
 
 def modules_of(candidates: Iterable[Candidate]) -> list[nn.Module]:

@@ -1,7 +1,7 @@
 """The pure half of injection: from a model and the user's wishes to a list of layers."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import or_
 from typing import Any, Unpack
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_core._config import (
     ASKED,
+    PARTS,
     AdapterConfig,
     Settings,
     check_name,
@@ -22,7 +23,7 @@ from lora_core._errors import (
     UnsupportedLayerError,
     listed,
 )
-from lora_core._injection.candidates import Candidate, modules_of, walk
+from lora_core._injection.candidates import Candidate, kind_at, modules_of, walk
 from lora_core._injection.targets import Patterns, choose, matches, no_rule_match
 from lora_core._layers import (
     STATE,
@@ -32,11 +33,12 @@ from lora_core._layers import (
     State,
     factor_names,
     host_of,
-    kind_of,
     layer_config,
-    state_of,
+    peek,
 )
 from lora_core._reports import LayerReport, Report, count
+
+_OURS = (STATE, *(f"{part}_" for part in PARTS))  # how names of an adapter's begin
 
 
 @with_settings
@@ -135,18 +137,20 @@ def describe(
         LayerReport(
             c.name,
             _host_name(c),
-            *kind_of(c.module).sizes(c.module),
+            *kind_at(c).sizes(c.module),
             config,
             c.names[1:],
-            kind_of(c.module).shapes(c.module, config),
+            kind_at(c).shapes(c.module, config),
             source,
         )
         for c, config, source in zip(
             chosen, configs, alphas_from or [""] * len(chosen), strict=True
         )
     )
-    added = sum(layer.parameters for layer in layers)
-    trainable = sum(layer.trainable for layer in layers)
+    added = trainable = 0
+    for layer in layers:
+        added += layer.parameters
+        trainable += layer.trainable
     before = parameters_of(modules_of(candidates))
     training = 0 if freeze else count([p for p in before if p.requires_grad])
     return Report(name, layers, left_out, training + trainable, count(before) + added, notes)
@@ -155,8 +159,8 @@ def describe(
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """The parameters of these modules, each once; those of their children only with them."""
     # by their ids: a tensor's own hash is a call each
-    every = (p for m in modules for p in m._parameters.values() if p is not None)
-    return list({id(p): p for p in every}.values())
+    found = {id(p): p for m in modules for p in m._parameters.values()}
+    return [p for p in found.values() if p is not None]
 
 
 def check_room(
@@ -189,15 +193,17 @@ def check_room(
         )
     picked, read = {id(c) for c in chosen}, [c for c in candidates if _is_read(c)]
     _refuse_overlap([c for c in read if id(c) in picked or set(_adapters(c)) - {name}], chosen)
+    parts = factor_names([name])
     fresh = [c for c in chosen if name not in _adapters(c)]
-    bare = [c for c in fresh if not isinstance(c.module, LoRAMixin)]
-    for new, clash in _holders(bare, (STATE,)):
+    # to look up what is not there takes long on a module
+    asking = [c for c in fresh if not _is_free(c.module, parts)]
+    for new, clash in _holders([c for c in asking if _state(c) is None], (STATE,)):
         raise UnsupportedLayerError(
             f"A layer must leave names that begin with 'lora_' to its adapters, but"
             f" {listed(clash)} has an attribute {new!r} of its own. Rename it, or exclude the"
             " layer."
         )
-    for new, clash in _holders(fresh, sorted(factor_names([name]))):
+    for new, clash in _holders(asking, sorted(parts)):
         raise AdapterError(
             f"`name` must be new to every layer, but {listed(clash)} has an attribute"
             f" {new!r} of its own. Choose another name."
@@ -208,28 +214,33 @@ def _holders(
     candidates: Sequence[Candidate], names: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
     """Each of these attributes that a layer has, and the layers that have it."""
-    asked = set(names)
-    # a class may have them, or its own idea of what an attribute is
-    odd = {
-        kind
-        for kind in {type(c.module) for c in candidates}
-        if kind.__getattribute__ is not object.__getattribute__
-        or getattr(kind, "__getattr__", None) is not nn.Module.__getattr__
-        or any(hasattr(kind, name) for name in names)
-    }
-    # to look up what is not there takes long on a module
-    asking = [c for c in candidates if type(c.module) in odd or not _is_free(c.module, asked)]
     for name in names:
-        found = [c.name for c in asking if hasattr(c.module, name)]
+        found = [c.name for c in candidates if hasattr(c.module, name)]
         if found:
             yield name, found
 
 
 def _is_free(module: nn.Module | Slot, names: Set[str]) -> bool:
-    """Whether none of these names is found on an object, its class aside."""
+    """Whether none of an adapter's names is found on a module, by a look at its dicts."""
     own = vars(module)
-    places = (own, own["_parameters"], own["_buffers"], own["_modules"])
-    return all(names.isdisjoint(place) for place in places)
+    return (
+        _has_torchs_attributes(type(module))  # type: ignore[arg-type]
+        and (STATE in own) is isinstance(module, LoRAMixin)
+        and names.isdisjoint(own)
+        and names.isdisjoint(own["_parameters"])
+        and names.isdisjoint(own["_buffers"])
+        and names.isdisjoint(own["_modules"])
+    )
+
+
+@lru_cache
+def _has_torchs_attributes(cls: type) -> bool:
+    """Whether a class finds attributes as torch does, and has none that are an adapter's."""
+    return (
+        getattr(cls, "__getattribute__", None) is object.__getattribute__
+        and getattr(cls, "__getattr__", None) is nn.Module.__getattr__
+        and not any(name.startswith(_OURS) for kind in cls.__mro__ for name in vars(kind))
+    )
 
 
 def _is_read(candidate: Candidate) -> bool:
@@ -238,7 +249,7 @@ def _is_read(candidate: Candidate) -> bool:
 
 def _state(candidate: Candidate) -> State | None:
     module = candidate.module
-    return state_of(module) if isinstance(module, nn.Module) else None
+    return vars(module).get(STATE) if isinstance(module, LoRAMixin) else None
 
 
 def _adapters(candidate: Candidate) -> Mapping[str, AdapterConfig]:
@@ -288,7 +299,8 @@ def _configure(
         if not any(matches(pattern, c) for c in chosen):
             raise no_rule_match(pattern, chosen)
     configs, general = [], checked_settings(settings)
-    known: dict[AdapterConfig, AdapterConfig] = {}  # one object for all layers that are alike
+    known: dict[object, AdapterConfig] = {}
+    equal: dict[AdapterConfig, AdapterConfig] = {}  # one object for all layers that are alike
     for c in chosen:
         mine, ruled = general, False
         found = [overrides for pattern, overrides in rules.items() if matches(pattern, c)]
@@ -298,8 +310,14 @@ def _configure(
         # asked for in general, it is for those that have one
         if mine["bias"] and not ruled and not _has_bias(c):
             mine = {**mine, "bias": False}
-        config = layer_config(c.module, mine, f" at {c.name!r}" if c.name else "")
-        configs.append(known.setdefault(config, config))
+        weight = peek(c.module)
+        # layers of one class whose weights are alike have one config
+        key = (type(c.module), id(mine), weight.shape, weight.dtype, weight.device, type(weight))
+        config = known.get(key) if mine is general else None
+        if config is None:
+            config = layer_config(c.module, mine, f" at {c.name!r}" if c.name else "")
+            config = known[key] = equal.setdefault(config, config)
+        configs.append(config)
     if general["bias"] and not any(config.bias for config in configs):
         raise ConfigError(
             f"`bias=True` must find a bias to add to, but none of the {len(chosen)} chosen layers"

@@ -11,6 +11,7 @@ from torch import nn
 from lora_core._adapters import join, layers_with, strengths_over
 from lora_core._config import AdapterConfig, Settings, with_settings
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
+from lora_core._injection.candidates import kind_at
 from lora_core._injection.guards import is_guarded
 from lora_core._injection.planner import draw_up
 from lora_core._injection.rollback import all_or_nothing, freeze_module, thaw
@@ -108,7 +109,7 @@ def inject(
             generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
             covariance, module = covariances.get(layer.name), candidate.module
             parts = fresh_parts(
-                module, kind_of(module), layer.config, generator, covariance, layer.shapes
+                module, kind_at(candidate), layer.config, generator, covariance, layer.shapes
             )
             grafts.append(Graft(module, layer.config, parts))
     graft(modules, name, grafts, freeze=freeze)
@@ -139,8 +140,9 @@ def graft(
         for module in with_parameters if freeze else ():
             freeze_module(module, name, others=others)
         slot: dict[str, object] = {name: object()}
+        alike: dict[Any, Any] = {}
         for g in grafts:
-            attach(g.module, name, g.config, g.parts, strength, slot)
+            attach(g.module, name, g.config, g.parts, strength, slot, alike)
 
 
 def regraft(

@@ -50,7 +50,8 @@ def matches(pattern: Pattern, candidate: Candidate) -> bool:
     if isinstance(pattern, re.Pattern):
         return any(map(pattern.fullmatch, candidate.names))
     if isinstance(pattern, type_):
-        return any(isinstance(owner, pattern) for owner in candidate.owners)
+        first, *others = candidate.owners
+        return isinstance(first, pattern) or any(isinstance(owner, pattern) for owner in others)
     return any(bool(pattern(name, candidate.owners[0])) for name in candidate.names)
 
 

@@ -6,7 +6,7 @@ from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explanation import explain
 from lora_core._layers.fit import kind_for, kind_of, layer_config, sizes, why_not
-from lora_core._layers.kind import Kind, kind_named, peek, runs_as_torch, swap
+from lora_core._layers.kind import LINEAR, Kind, kind_named, peek, runs_as_torch, swap
 from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import LoRAMixin, adapted_class, refuse_merged
 from lora_core._layers.parts import (
@@ -36,6 +36,7 @@ from lora_core._layers.updates import addition, bias_delta, delta_of, stacked, u
 from lora_core._layers.weight import (
     CHILD,
     PROJECTIONS,
+    WEIGHT,
     LoRAWeight,
     Slot,
     WeightReader,
@@ -47,9 +48,11 @@ __all__ = [
     "BARE",
     "CHILD",
     "FROZEN",
+    "LINEAR",
     "PINS",
     "PROJECTIONS",
     "STATE",
+    "WEIGHT",
     "Kind",
     "LoRAConv1d",
     "LoRAConv2d",

@@ -26,6 +26,7 @@ def attach(
     tensors: Mapping[str, nn.Parameter],
     strength: Strength | None = 1.0,
     slot: Mapping[str, object] | None = None,
+    alike: dict[Any, Any] | None = None,
 ) -> LoRAMixin:
     """Puts one adapter on a layer, in place; active beside those that are, but for None.
 
@@ -37,6 +38,8 @@ def attach(
         strength: How strongly it is active; None for not at all.
         slot: By its name what tells it from another of that name, on all its layers, which may
             share the dict; None makes one.
+        alike: What other layers in the same call share, where their settings are equal; see
+            `select`.
 
     Returns:
         The layer as it is now.
@@ -47,20 +50,26 @@ def attach(
         if STATE not in vars(module):  # before the class: another thread's call finds it
             vars(module)[STATE] = State()
         if not isinstance(module, LoRAMixin):
-            module.__class__ = adapted_class(type(module))
+            # as `module.__class__ = ...`, past what a module does for each attribute
+            object.__setattr__(module, "__class__", adapted_class(type(module)))
         assert isinstance(module, LoRAMixin)
         layer = module
     state = layer.lora_state
     # the names are known to be free: `register_parameter` would look for each once more
-    layer._parameters.update({f"{part}_{name}": tensors[part] for part in config.parts})
-    configs = {**state.configs, name: config}
-    chosen = state.strengths | ({} if strength is None else {name: strength})
+    for part in config.parts:
+        layer._parameters[f"{part}_{name}"] = tensors[part]
+    alike = {} if alike is None else alike
+    key = (id(state.configs), id(config))
+    configs = alike.get(key) or alike.setdefault(key, {**state.configs, name: config})
+    chosen = dict(zip(state.selection.names, state.selection.strengths, strict=True))
+    if strength is not None:
+        chosen[name] = strength
     slots = {name: object()} if slot is None else slot
     change(
         layer,
         configs=configs,
         slots={**state.slots, **slots} if state.slots else slots,
-        selection=select(layer, chosen, configs),
+        selection=select(layer, chosen, configs, alike if len(chosen) == 1 else None),
     )
     return layer
 
@@ -111,7 +120,7 @@ def detach(layer: LoRAMixin, name: str) -> None:
         layer.leave()
         return
     # before the state: another thread's call that finds nothing any more calls the host's
-    layer.__class__ = layer.host_class  # type: ignore[assignment]
+    object.__setattr__(layer, "__class__", layer.host_class)
     del own[STATE]
 
 

@@ -55,20 +55,29 @@ def why_not(module: nn.Module | Slot) -> str:
             " bypass the adapter. Remove that patch, adapt, and put it back."
         )
     # an attribute that is looked up in vain takes long on a module
-    places = (vars(module), module._buffers, module._parameters)
-    known = any("max_norm" in place for place in places) or hasattr(type(module), "max_norm")
+    known = (
+        "max_norm" in vars(module)
+        or "max_norm" in module._buffers
+        or "max_norm" in module._parameters
+        or hasattr(type(module), "max_norm")
+    )
     if known and module.max_norm is not None:
         return (
             "has a `max_norm`, which rewrites rows of its weight in every forward. Renormalise the"
             " table once, set `max_norm = None`, and adapt it then."
         )
-    if any(vars(m).get("lora_owner") for m in module._modules.values() if m is not None):
+    if module._modules and _is_owner(module):
         return "has an adapter on a parameter of its own. Eject that first, or exclude the layer."
     own = _has_own_forward(module)
     weight = getattr(module, "weight", None) if own else peek(module)
     if own and isinstance(weight, Tensor) and not _is_sharded(weight):
         return ""  # whatever the weight is stored as, the host's forward knows
     return _why_not_weight(weight)
+
+
+def _is_owner(module: nn.Module) -> bool:
+    """Whether a parameter of a module is adapted where it is read."""
+    return any("lora_owner" in vars(m) for m in module._modules.values() if m is not None)
 
 
 def _has_own_forward(module: nn.Module) -> bool:

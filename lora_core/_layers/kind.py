@@ -37,8 +37,10 @@ def peek(module: Any) -> Tensor:
 
     A parametrization may change when it is read in training mode, as a spectral norm does.
     """
-    computed = module._modules.get("parametrizations") if isinstance(module, nn.Module) else None
     weight: Tensor
+    if isinstance(module, nn.Module) and "weight" in module._parameters:
+        return module._parameters["weight"]  # type: ignore[return-value]
+    computed = module._modules.get("parametrizations") if isinstance(module, nn.Module) else None
     if computed is None:
         weight = module.weight
         return weight

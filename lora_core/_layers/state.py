@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lora_core._config import AdapterConfig
+from lora_core._config import AdapterConfig, Recipe
 from lora_core._errors import ConfigError
 from lora_core._layers.kind import Update, peek
 
@@ -20,42 +20,6 @@ FROZEN = "lora_frozen"
 STATE = "lora_state"  # attribute of an adapted layer
 
 Strength = float | tuple[float, ...]  # one for all samples, or one for each
-
-
-class Recipe(NamedTuple):
-    """What of an adapter's settings a forward goes by, as plain values.
-
-    A compiled graph guards on their values, where it would guard on the identity of a config: and
-    every load has configs of its own, which may be equal.
-
-    Attributes:
-        plain: Whether the update is two factors and a number, at every call.
-        room: Ranks that the factors have room for.
-        dropout: As in the settings; so are those that follow.
-        rank_dropout: See there.
-        module_dropout: See there.
-        tucker: See there.
-        subtracted: See there.
-        bias: See there.
-        dora: See there.
-        dora_in: See there.
-    """
-
-    plain: bool
-    room: int
-    dropout: float
-    rank_dropout: float
-    module_dropout: float
-    tucker: bool
-    subtracted: bool
-    bias: bool
-    dora: bool
-    dora_in: bool
-
-    @classmethod
-    def of(cls, config: AdapterConfig) -> "Recipe":
-        """The recipe that settings ask for."""
-        return cls(*(getattr(config, key) for key in cls._fields))
 
 
 class Term(NamedTuple):
@@ -210,9 +174,10 @@ class State(NamedTuple):
 
     def having(self, **changes: Any) -> "State":
         """The same but for what is given, with what follows from it."""
-        new = self._replace(**changes)
-        ordinary = new.merged is None and new.change.thread is None
-        return new._replace(pair=new.selection.pair if ordinary else None)
+        new: dict[str, Any] = {**dict(zip(self._fields, self, strict=True)), **changes}
+        ordinary = new["merged"] is None and new["change"].thread is None
+        new["pair"] = new["selection"].pair if ordinary else None
+        return State(**new)
 
 
 def state_of(module: nn.Module) -> State | None:
@@ -255,27 +220,45 @@ def select(
     layer: Any,
     strengths: Mapping[str, Strength],
     configs: Mapping[str, AdapterConfig] | None = None,
+    alike: dict[Any, Any] | None = None,
 ) -> Selection:
-    """The selection with these strengths, of the adapters that a layer has, or will have."""
+    """The selection with these strengths, of the adapters that a layer has, or will have.
+
+    Args:
+        layer: The layer.
+        strengths: The active adapters; those that the layer has not are passed over.
+        configs: The settings of all of its adapters; None for those that it has.
+        alike: What was worked out for other layers in the same call, to be shared by those with
+            equal settings; changed in place.
+    """
     state: State = layer.lora_state
     configs = state.configs if configs is None else configs
     weight = peek(layer)
     device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
-    known = _known(state, configs, device, dtype)
-    active = {name: s for name, s in strengths.items() if name in configs}
-    bank = {}
+    known = _known(state, configs, device, dtype) if state.selection.bank else {}
+    bank = []
     for name, config in configs.items():
-        wanted = active.get(name, 0.0)
+        wanted = strengths.get(name, 0.0)
         was, term = known.get(name, (None, None))
         if term is None or was != wanted:
             if wanted:
                 _check_gain(name, config, wanted, dtype)
             term = _term(name, config, wanted, device, dtype)
-        bank[name] = term
-    terms = _terms(active, bank, configs)
-    return Selection(
-        tuple(active), tuple(active.values()), terms, tuple(bank.values()), _pair(layer, terms)
-    )
+        bank.append(term)
+    key = (tuple(map(id, configs.values())), tuple(configs), layer.lora_kind)
+    shared = alike.get(key) if alike is not None else None
+    if shared is None:
+        active = {name: s for name, s in strengths.items() if name in configs}
+        terms = _numbers(active, configs)
+        pair = _pair(layer, terms) if terms else None
+        shared = tuple(active), tuple(active.values()), terms, pair
+        if alike is not None:
+            alike[key] = shared
+    names, values, terms, pair = shared
+    if terms is None:  # gains differ, and are tensors then
+        terms = tuple(term for name in names for term in bank if term.name == name)
+        pair = _pair(layer, terms)
+    return Selection(names, values, terms, tuple(bank), pair)
 
 
 def _known(
@@ -295,34 +278,36 @@ def _known(
     return {term.name: (active.get(term.name, 0.0), term) for term in kept}
 
 
-def _terms(
-    active: Mapping[str, Strength],
-    bank: Mapping[str, Term],
-    configs: Mapping[str, AdapterConfig],
-) -> tuple[Term, ...]:
-    """The active terms; with numbers where all are one number, which costs a fast path nothing."""
-    terms = tuple(bank[name] for name in active)
-    if any(isinstance(s, tuple) for s in active.values()):
-        return terms
-    numbers = tuple(
-        term._replace(gain=s * configs[term.name].scale, strength=s)  # type: ignore[operator, arg-type]
-        for term, s in zip(terms, active.values(), strict=True)
-    )
-    return numbers if len({term.gain for term in numbers}) <= 1 else terms
+def _numbers(
+    active: Mapping[str, Strength], configs: Mapping[str, AdapterConfig]
+) -> tuple[Term, ...] | None:
+    """The active terms with numbers for gains, which costs a fast path nothing.
+
+    None where they are not all one number.
+    """
+    terms = []
+    for name, strength in active.items():
+        if isinstance(strength, tuple):
+            return None
+        config = configs[name]
+        terms.append(Term(name, config.recipe, strength * config.scale, strength))
+    return tuple(terms) if len({term.gain for term in terms}) <= 1 else None
 
 
 def _pair(layer: Any, terms: tuple[Term, ...]) -> Pair | Stack | None:
     """Terms as one pair of products, where nothing of them depends on a call."""
-    if not terms or any(not term.recipe.plain or is_per_sample(term.gain) for term in terms):
+    if not terms:
         return None
-    dropout, *others = dict.fromkeys(term.recipe.dropout for term in terms)
-    if others:
-        return None
-    names, gain = [term.name for term in terms], terms[0].gain
+    names, dropout, gain = [], terms[0].recipe.dropout, terms[0].gain
+    for name, recipe, value, _ in terms:
+        if not recipe.plain or recipe.dropout != dropout or is_per_sample(value):
+            return None
+        names.append(name)
     if len(terms) == 1:
         return Pair(f"lora_A_{names[0]}", f"lora_B_{names[0]}", cast(float, gain), dropout)
     if isinstance(gain, Tensor):
-        gain = torch.cat([cast(Tensor, term.gain).expand(term.recipe.room) for term in terms])
+        spread = [cast(Tensor, term.gain).expand(term.recipe.room) for term in terms]
+        gain = torch.cat(spread)
     down, up = (tuple(f"{part}_{name}" for name in names) for part in ("lora_A", "lora_B"))
     return Stack(down, up, gain, dropout, layer.lora_kind.rank_dims)
 
@@ -334,8 +319,8 @@ def is_per_sample(gain: Tensor | float) -> bool:
 
 def _check_gain(name: str, config: AdapterConfig, strength: Strength, dtype: torch.dtype) -> None:
     scale, limit = config.scale, torch.finfo(dtype).max
-    values = strength if isinstance(strength, tuple) else (strength,)
-    value = max((abs(s * scale) for s in values), default=0.0)
+    largest = max(map(abs, strength), default=0.0) if isinstance(strength, tuple) else abs(strength)
+    value = largest * abs(scale)
     if not value <= limit:
         raise ConfigError(
             f"`strength * scale` must be at most {limit:.3g}, but is {value:.3g} for"
@@ -357,4 +342,5 @@ def _term(
             return _term(name, config, strength, device, dtype)
     gain = torch.tensor(product, dtype=dtype, device=device)
     alone = None if config.plain_sum else torch.tensor(strength, dtype=dtype, device=device)
-    return Term(name, Recipe.of(config), gain, alone)
+    # a copy: a graph guards on which objects two layers share
+    return Term(name, tuple.__new__(Recipe, config.recipe), gain, alone)
