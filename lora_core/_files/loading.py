@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lora_core._config import check_finite, check_flag, check_name, check_rank
+from lora_core._config import AdapterConfig, check_finite, check_flag, check_name, check_rank
 from lora_core._errors import ConfigError, listed
 from lora_core._files.fitting import compare_aliases, compare_base, resolve
 from lora_core._files.models import as_models, whole
@@ -130,8 +130,9 @@ def load(
         notes += compare_base(file, found, path, strict)
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
+    known: dict[AdapterConfig, AdapterConfig] = {}  # one object for all layers that are alike
     grafts = [
-        _graft(candidate, file.layers[n], _room(n, candidate, file, name, reserve_rank))
+        _graft(candidate, file.layers[n], _room(n, candidate, file, name, reserve_rank), known)
         for n, candidate in found.items()
     ]
     configs = [g.config for g in grafts]
@@ -183,11 +184,17 @@ def _room(
     return room
 
 
-def _graft(candidate: Candidate, layer: AdapterLayer, room: int | None) -> Graft:
+def _graft(
+    candidate: Candidate,
+    layer: AdapterLayer,
+    room: int | None,
+    known: dict[AdapterConfig, AdapterConfig],
+) -> Graft:
     weight = peek(candidate.module)
     config = layer.settings
     if config.reserve_rank != room:
         config = dataclasses.replace(config, reserve_rank=room)
+    config = known.setdefault(config, config)
     kind = kind_of(candidate.module)
     refusal = room and kind.refusal(candidate.module, config)
     if refusal:

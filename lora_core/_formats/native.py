@@ -96,7 +96,8 @@ def decode(
         name = check_name(about["adapter"])
         _check_keys("the description", about, _KEYS)
         _check_keys("the base", about["base"], _BASE_KEYS)
-        layers = {n: _layer(n, entry, tensors) for n, entry in about["layers"].items()}
+        known: dict[Any, AdapterConfig] = {}  # thousands of layers have a few settings
+        layers = {n: _layer(n, entry, tensors, known) for n, entry in about["layers"].items()}
         bad = non_finite({n: list(layer.parts.values()) for n, layer in layers.items()})
         if bad:
             raise ValueError(f"a factor of {listed(bad)} holds NaN or infinity")
@@ -124,7 +125,12 @@ def decode(
     return Adapter(name, layers, base, rest)
 
 
-def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterLayer:
+def _layer(
+    name: str,
+    entry: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    known: dict[Any, AdapterConfig],
+) -> AdapterLayer:
     _check_keys(repr(name), entry, _LAYER_KEYS)
     kind = entry["kind"]
     if kind not in KINDS:
@@ -134,13 +140,18 @@ def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         raise ValueError(f"{listed([name])} has no alpha, which sets the scale. Save it again.")
     first = tensors.get(_key(name, "lora_A"))
     # a rank is checked against the tensors, and any number of them against the layer
-    settings = {
-        key: check(key, entry.get(key, SETTINGS[key].default))
-        for key in _FILED
-        if (check := SETTINGS[key].check)
-    }
     dtype = torch.float32 if first is None else first.dtype
-    config = AdapterConfig(rank=rank, alpha=check_alpha(alpha, 1), dtype=dtype, **settings)
+    # by their types as well: 1 is no flag
+    same = (dtype, *((key, type(v), v) for key, v in entry.items() if key in _FILED))
+    config = known.get(same)
+    if config is None:
+        settings = {
+            key: check(key, entry.get(key, SETTINGS[key].default))
+            for key in _FILED
+            if (check := SETTINGS[key].check)
+        }
+        alpha = check_alpha(alpha, 1)
+        config = known[same] = AdapterConfig(rank=rank, alpha=alpha, dtype=dtype, **settings)
     keys = {part: _key(name, part) for part in config.parts}
     missing = [key for key in keys.values() if key not in tensors]
     if missing:
