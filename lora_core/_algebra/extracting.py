@@ -19,7 +19,7 @@ from lora_core._config import AdapterConfig, check_dtype, check_name
 from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._injection import walk
-from lora_core._layers import PROJECTIONS, LoRAMixin, kind_for
+from lora_core._layers import PROJECTIONS, LoRAMixin, kind_for, kind_named
 
 Model = nn.Module | str | os.PathLike[str]
 _MOST_DIMENSIONS = 5  # of a convolution's weight
@@ -148,10 +148,12 @@ def extract(
                 continue
             matrix = layer.matrix(difference)
             found = dense_spectrum(matrix, subspace_rank(matrix, limit, svd), generator)
+            one = AdapterConfig(rank=1, alpha=1.0, dropout=0.0, dtype=dtype)
+            shapes = {"lora_A": (1, *difference.shape[1:])}
+            if kind_named(layer.kind).own_layout:
+                shapes = kind_named(layer.kind).fitting(tuple(difference.shape), one)
             like = AdapterLayer(
-                layer.kind,
-                AdapterConfig(rank=1, alpha=1.0, dropout=0.0, dtype=dtype),
-                {"lora_A": difference.new_empty(1, *difference.shape[1:], device="meta")},
+                layer.kind, one, {n: torch.empty(s, device="meta") for n, s in shapes.items()}
             )
             result, lost = cut(found, limit, like, dtype, silent=unheard(layer.kind, matrix))
             check_result(layer.name, result, lost)

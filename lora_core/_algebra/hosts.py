@@ -12,7 +12,7 @@ from lora_core._algebra.locating import Located, bias_of
 from lora_core._config import AdapterConfig
 from lora_core._formats import AdapterLayer
 from lora_core._formats.conforming import changed, conformed, joined
-from lora_core._layers import PROJECTIONS, Slot, attach
+from lora_core._layers import PROJECTIONS, Slot, attach, kind_named
 
 _CONVOLUTIONS: Mapping[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _VALUE = "value"
@@ -155,6 +155,9 @@ def _module(found: Located, weight: Tensor) -> nn.Module:
     """A module without values for a weight."""
     first, *others = weight.shape
     options: dict[str, Any] = {"device": "meta"}
+    kind = kind_named(found.layer.kind if found.layer.config is not None else "matrix")
+    if kind.own_layout:
+        return kind.blank(tuple(weight.shape))
     if found.layer.kind == "embedding":
         return nn.Embedding(first, others[0], **options)
     # of what is whole the file says no kind: its numbers are added one by one

@@ -13,12 +13,12 @@ from lora_core._algebra.products import Limit, Spectrum, distance, is_finite
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter, AdapterLayer
-from lora_core._layers import kind_named, non_finite
+from lora_core._layers import filed_kinds, kind_named, non_finite
 
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 # what a factor of two dimensions may be for
 _FLAT = {"linear", "weight", "matrix"}
-_FACTORED = {"conv", "embedding", *_FLAT}
+_FACTORED = {*filed_kinds(), *_FLAT}
 
 
 def check_adapter(what: str, adapter: object) -> Adapter:
@@ -208,7 +208,11 @@ def rebuilt(
     """
     (lora_A, lora_B), old = factors, like.settings
     rank = lora_A.shape[-2]
-    if like.kind == "conv":
+    kind = kind_named(like.kind)
+    if kind.own_layout:
+        lora_A = kind.laid_out("lora_A", lora_A, _at_rank(like, "lora_A", rank))
+        lora_B = kind.laid_out("lora_B", lora_B, _at_rank(like, "lora_B", rank))
+    elif like.kind == "conv":
         wide = like.parts["lora_mid" if old.tucker else "lora_A"].shape[2:]
         lora_A = lora_A.reshape(rank, -1, *wide)
         lora_B = lora_B.reshape(-1, rank, *[1] * len(wide))
@@ -219,6 +223,14 @@ def rebuilt(
         rank=rank, alpha=alpha, dtype=dtype, bias=bias is not None, **_agreed(among or (like,))
     )
     return replace(like, config=config, parts=parts)
+
+
+def _at_rank(like: AdapterLayer, part: str, rank: int) -> tuple[int, ...]:
+    """The shape of a factor if it were of another rank."""
+    shape = list(like.parts[part].shape)
+    for dim in kind_named(like.kind).ranks_of(part):
+        shape[dim] = rank
+    return tuple(shape)
 
 
 def _agreed(layers: Sequence[AdapterLayer]) -> dict[str, Any]:
@@ -266,4 +278,4 @@ def unheard(kind: str, lora_A: Tensor) -> Tensor | None:
 
     Its padding must stay among them, whatever rounding makes of zeros. None for other layers.
     """
-    return (lora_A == 0).all(0) if kind == "embedding" else None
+    return (lora_A == 0).all(0) if kind_named(kind).takes_indices else None

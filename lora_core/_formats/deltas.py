@@ -6,6 +6,7 @@ from torch import Tensor
 from lora_core import functional
 from lora_core._formats.fitting import fitted
 from lora_core._formats.neutral import AdapterLayer
+from lora_core._layers import kind_named
 
 
 def dense_delta(
@@ -63,7 +64,11 @@ def dense_delta(
         if delta is None:
             return torch.zeros_like(base)
         return strength * (delta - base if layer.kind == "values" else delta)
-    delta = _product(layer, parts, layer.config.scale * strength).reshape(base.shape)
+    kind_of_layer = kind_named(layer.kind)
+    delta = _product(layer, parts, layer.config.scale * strength)
+    if kind_of_layer.own_layout:
+        delta = kind_of_layer.like_weight(delta, base)
+    delta = delta.reshape(base.shape)
     for part, axis in (("lora_magnitude", 0), ("lora_in_magnitude", 1)):
         if part in parts:
             delta = _stretched(base, delta, parts[part], axis, strength)
@@ -90,14 +95,12 @@ def _product(layer: AdapterLayer, parts: dict[str, Tensor], gain: float) -> Tens
     down, up = parts["lora_A"], parts["lora_B"]
     if "lora_mid" in parts:
         down = functional.tucker_down(down, parts["lora_mid"])
-    if layer.kind == "conv":
-        down, up = down.flatten(1), up.flatten(1)
-    product = functional.lora_delta(down, up, gain)
+    kind = kind_named(layer.kind)
+    flat = layer.kind == "conv" or kind.own_layout
+    product = functional.lora_delta(*(kind.as_matrices(down, up) if flat else (down, up)), gain)
     if "lora_A0" in parts:  # what it began with, subtracted on the fly
         first = parts["lora_A0"], parts["lora_B0"]
-        if layer.kind == "conv":
-            first = first[0].flatten(1), first[1].flatten(1)
-        product -= functional.lora_delta(*first, gain)
+        product -= functional.lora_delta(*(kind.as_matrices(*first) if flat else first), gain)
     return product
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_core._errors import MismatchError
 from lora_core._formats.neutral import AdapterLayer
+from lora_core._layers import kind_named
 
 
 def fitted(
@@ -44,6 +45,12 @@ def fitted(
     if not kind:
         flat = "embedding" if layer.kind == "embedding" else "linear"
         kind = "conv" if len(shape) > 2 and layer.kind != "weight" else flat
+    own = kind_named(kind if kind_named(layer.kind) is kind_named("matrix") else layer.kind)
+    if own.own_layout:
+        wanted = own.fitting(shape, layer.settings)
+        if {part: tuple(t.shape) for part, t in layer.parts.items()} != wanted:
+            _refuse(name, layer, shape, kind, where)
+        return replace(layer, kind=own.name)
     parts = dict(layer.parts)
     if kind == "embedding" or (kind != "conv" and len(shape) == 2):
         outs, ins = (*shape[::-1],) if kind == "embedding" else shape

@@ -6,6 +6,7 @@ from typing import NamedTuple, NoReturn
 from lora_core._errors import ConfigError, listed
 from lora_core._formats.folding import as_differences, without_core, without_first
 from lora_core._formats.neutral import AdapterLayer
+from lora_core._layers import filed_kinds, kind_named
 
 FORMATS = ("lora_core", "kohya", "lycoris", "peft", "diffusers")
 
@@ -35,8 +36,11 @@ def _kind(name: str) -> Callable[[AdapterLayer], bool]:
 
 
 _FEATURES = (
-    Feature("a parameter that is read", _kind("weight"), ("lora_core",)),
-    Feature("an embedding", _kind("embedding"), ("lora_core", "peft")),
+    *(
+        Feature(kind.words, _kind(kind.name), kind.formats)
+        for kind in map(kind_named, filed_kinds())
+        if kind.words
+    ),
     Feature("a whole difference", _kind("difference"), ("lycoris",)),
     Feature("values in place of the base's", _kind("values"), ("peft",)),
     Feature("first factors that are subtracted", _part("lora_A0"), ("lora_core",), without_first),

@@ -8,14 +8,15 @@ Metadata: ``format`` = "pt", ``lora_core`` = the JSON value below, and the user'
      "layers": {"down.0.attn.to_q": {"alpha": 4.0, "kind": "linear", "rank": 4}},
      "base": {"dtype": "float32", "samples": "<base64>"}}
 
-Kinds are "linear", "conv", "embedding", and "weight" for a parameter that is read rather than
-called. Optional in a layer: ``dropout``, ``rank_dropout`` and ``module_dropout``; ``rslora``, true
-where the scale is alpha / sqrt(rank) and not alpha / rank; ``dora``, ``bias`` and ``tucker``, true
-where ``lora_magnitude``, ``lora_bias`` or ``lora_mid`` is there; ``dora_in`` beside ``dora``, true
-where it is ``lora_in_magnitude``, lengths of columns; ``init``, where ``lora_A0`` and ``lora_B0``
-are there to be subtracted; ``aliases``, the other names of a module that has several; and ``part``,
-the model of a pipeline that the layer is of, with which its name begins. A key that this reader
-doesn't know is refused: it may change what the tensors mean.
+Kinds are "linear", "conv", "embedding", "weight" for a parameter that is read rather than called,
+and what else `_layers` has a kind for. Always in a layer: ``init``, which says how it began, and
+whether ``lora_A0`` and ``lora_B0`` are there to be subtracted. Optional: ``dropout``,
+``rank_dropout`` and ``module_dropout``; ``rslora``, true where the scale is alpha / sqrt(rank) and
+not alpha / rank; ``dora``, ``bias`` and ``tucker``, true where ``lora_magnitude``, ``lora_bias`` or
+``lora_mid`` is there; ``dora_in`` beside ``dora``, true where it is ``lora_in_magnitude``, lengths
+of columns; ``aliases``, the other names of a module that has several; and ``part``, the model of a
+pipeline that the layer is of, with which its name begins. A key that this reader doesn't know is
+refused: it may change what the tensors mean.
 """
 
 import json
@@ -29,7 +30,7 @@ from lora_core._config import SETTINGS, AdapterConfig, check_alpha, check_name
 from lora_core._errors import ConfigError, CorruptFileError, listed
 from lora_core._formats.neutral import Adapter, AdapterLayer
 from lora_core._formats.showing import shown
-from lora_core._layers import non_finite
+from lora_core._layers import filed_kinds, kind_named, non_finite
 
 _VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,7 +38,7 @@ _KEYS = ("version", "adapter", "layers", "base")
 _BASE_KEYS = ("dtype", "samples")
 _FILED = tuple(key for key, setting in SETTINGS.items() if setting.filed)
 _LAYER_KEYS = tuple(dict.fromkeys(("alpha", "kind", "rank", *_FILED, "aliases", "part")))
-KINDS = ("linear", "conv", "embedding", "weight")
+KINDS = filed_kinds()
 RESERVED = ("format", "lora_core")
 
 
@@ -166,7 +167,7 @@ def _layer(
                 f"a factor of {listed([name])} is {factor.dtype} of shape {tuple(factor.shape)};"
                 " a floating matrix of 16 bits or more is needed"
             )
-    down, up = (-2, -1) if kind == "weight" else (0, 1)
+    down, up = kind_named(kind).rank_dims
     dtypes = {factor.dtype for part, factor in parts.items() if not part.endswith("magnitude")}
     ranks = {lora_A.shape[down], lora_B.shape[up]}
     if ranks != {rank} or type(rank) is not int or len(dtypes) > 1:

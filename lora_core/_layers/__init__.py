@@ -6,7 +6,7 @@ from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explanation import explain
 from lora_core._layers.fit import kind_for, kind_of, layer_config, sizes, why_not
-from lora_core._layers.kind import LINEAR, Kind, kind_named, peek, runs_as_torch, swap
+from lora_core._layers.kind import LINEAR, Kind, filed_kinds, kind_named, peek, runs_as_torch, swap
 from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import LoRAMixin, adapted_class, refuse_merged
 from lora_core._layers.parts import (
@@ -82,6 +82,7 @@ __all__ = [
     "explain",
     "factor_names",
     "factors_of",
+    "filed_kinds",
     "fresh_parts",
     "host_of",
     "kind_for",

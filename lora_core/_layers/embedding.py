@@ -22,6 +22,8 @@ class EmbeddingKind(Kind):
     """
 
     name = "embedding"
+    words = "an embedding"
+    formats = ("lora_core", "peft")
     is_matrix = False
     takes_indices = True
 

@@ -70,7 +70,11 @@ class Kind:
 
     Attributes:
         name: What files call it.
+        words: What messages call an adapter of it that few programs know; "" for what all do.
+        formats: The formats that hold it, where there are `words`.
         rank_dims: Where `lora_A` and `lora_B` have their rank.
+        own_layout: Whether its factors have a layout of this library's own, as `fitting` says;
+            other programs know those of the rest.
         is_matrix: Whether it adapts matrices, as the projections of attention are.
         is_batched: Whether leading dimensions of the factors are a batch of matrices.
         takes_indices: Whether an input is of indices, not of numbers.
@@ -79,7 +83,10 @@ class Kind:
     """
 
     name = "linear"
+    words = ""
+    formats: tuple[str, ...] = ()
     rank_dims = (0, 1)
+    own_layout = False
     is_matrix = True
     is_batched = False
     takes_indices = False
@@ -117,6 +124,15 @@ class Kind:
     def refusal(self, host: Any, config: AdapterConfig) -> str:  # noqa: ARG002
         """Which setting this kind of layer can't have, and why; "" if it can have all."""
         return "`tucker` needs a convolution" if config.tucker else ""
+
+    def fitting(self, shape: Shape, config: AdapterConfig) -> dict[str, Shape]:
+        """The shape of each part of an adapter of a weight of this shape."""
+        out, size = self.matrix(torch.empty(shape, device="meta")).shape
+        return self._of(config, (config.room, size), (out, config.room), size, out)
+
+    def blank(self, shape: Shape) -> nn.Module:
+        """A module without values that has a weight of this shape."""
+        return nn.Linear(shape[1], shape[0], device="meta")
 
     def fan_in(self, size: int) -> int:
         """How many entries of its input a rank sums over."""
@@ -242,6 +258,11 @@ NAMED: dict[str, Kind] = {"linear": LINEAR, "matrix": LINEAR}
 def kind_named(name: str) -> Kind:
     """The kind that a file calls so."""
     return NAMED[name]
+
+
+def filed_kinds() -> tuple[str, ...]:
+    """What our own files call the kinds."""
+    return tuple(name for name, kind in NAMED.items() if kind.name == name)
 
 
 @lru_cache

@@ -73,6 +73,8 @@ class WeightKind(Kind):
     """
 
     name = "weight"
+    words = "a parameter that is read"
+    formats = ("lora_core",)
     rank_dims = (-2, -1)
     is_batched = True
     is_read = True
