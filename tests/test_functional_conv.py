@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
+from lora_core import functional
 from lora_core.functional import conv_update, lora_conv, tucker_down
 
 MODULES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -196,3 +197,35 @@ def test_a_tucker_pair_is_one_kernel(kernel):
     assert down.shape == (RANK, IN, *kernel)
     assert_close(conv_update(x, down, B, stride=2, padding=1), apart)
     assert gradcheck(tucker_down, (A.requires_grad_(), mid.requires_grad_()))
+
+
+@pytest.mark.parametrize("places", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("stride", "padding", "output_padding", "dilation"), [(1, 0, 0, 1), (2, 1, 1, 1), (3, 2, 2, 2)]
+)
+def test_a_transposed_update_is_the_transposed_convolution_with_its_product(
+    places, groups, stride, padding, output_padding, dilation
+):
+    torch.manual_seed(0)
+    conv = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[places]
+    kernel, options = [3, 2, 3][:places], (stride, padding, output_padding, groups, dilation)
+    x = torch.randn(2, 4, *[5] * places, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(3, 4, *[1] * places, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(3, 6 // groups, *kernel, dtype=torch.float64, requires_grad=True)
+    gain = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)
+    product = A.flatten(1).T @ (gain[:, None] * B.flatten(1))
+    dense = product.view(4, 6 // groups, *kernel)
+    expected = conv(x, dense, None, *options)
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+    got = functional.conv_transpose_update(x, A, B, gain, **dict(zip(names, options, strict=True)))
+    assert_close(got, expected)
+    weights = torch.randn_like(expected)
+    ours = torch.autograd.grad((got * weights).sum(), (x, A, B))
+    theirs = torch.autograd.grad((expected * weights).sum(), (x, A, B))
+    assert_close(ours, theirs)
+    each = torch.stack([gain, -gain])
+    mixed = functional.conv_transpose_update(
+        x, A, B, each, **dict(zip(names, options, strict=True))
+    )
+    assert_close(mixed, torch.stack([expected[0], -expected[1]]))

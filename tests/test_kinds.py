@@ -55,6 +55,21 @@ ZOO: dict[str, Zoo] = {
         images(2, 4, 7, 7),
     ),
     "conv3d": (lambda: nn.Sequential(nn.Conv3d(4, 6, 3)), {"targets": "0"}, images(2, 4, 4, 5, 6)),
+    "conv_transpose1d": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1)),
+        {"targets": "0"},
+        images(2, 4, 9),
+    ),
+    "conv_transpose2d": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, padding=1, dilation=2, groups=2)),
+        {"targets": "0"},
+        images(2, 4, 7, 7),
+    ),
+    "conv_transpose3d": (
+        lambda: nn.Sequential(nn.ConvTranspose3d(4, 6, 2)),
+        {"targets": "0"},
+        images(2, 4, 3, 4, 5),
+    ),
     "embedding": (
         lambda: nn.Sequential(nn.Embedding(20, 6, padding_idx=0)),
         {"targets": "0"},
@@ -80,13 +95,14 @@ ZOO: dict[str, Zoo] = {
     "experts": (Experts, {"targets": "w"}, images(2, 5)),
 }
 CALLED = ("linear", "own", "root", "conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 EXTRA: list[tuple[str, dict[str, Any]]] = [
     *((kind, extra) for kind in ZOO for extra in ({}, {"init": "pissa"}, {"reserve_rank": 3})),
     *((kind, {"dora": True}) for kind in (*CALLED, "embedding")),
     *((kind, {"dora": True, "bias": True}) for kind in CALLED),
-    *((kind, {"bias": True}) for kind in CALLED),
+    *((kind, {"bias": True}) for kind in (*CALLED, *TRANSPOSED)),
     *((kind, {"tucker": True}) for kind in CALLED if kind.startswith("conv")),
-    *((kind, {"init": "olora"}) for kind in ("linear", "conv2d", "embedding", "gru")),
+    *((kind, {"init": "olora"}) for kind in ("linear", "conv2d", "embedding", "gru", *TRANSPOSED)),
 ]
 cases = pytest.mark.parametrize(
     ("kind", "extra"), EXTRA, ids=[f"{k}-{'-'.join(map(str, e)) or 'plain'}" for k, e in EXTRA]

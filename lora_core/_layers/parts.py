@@ -167,9 +167,10 @@ def _values(
         for m in matrices
     ]
     lora_A, lora_B = drawn[0]
-    if batch or config.init not in _OWN:
-        # a copy each: what was drawn may be a part of something larger
+    if batch:
         lora_A, lora_B = torch.stack([A for A, _ in drawn]), torch.stack([B for _, B in drawn])
+    elif config.init not in _OWN:  # what was drawn may be a part of something larger
+        lora_A, lora_B = lora_A.clone(), lora_B.clone()
     if room > rank:
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, room - rank))
         lora_B = nn.functional.pad(lora_B, (0, room - rank))

@@ -8,6 +8,7 @@ where several adapters are stacked).
 """
 
 from lora_core.functional.conv import (
+    conv_transpose_update,
     conv_update,
     lora_conv,
     tucker_down,
@@ -41,6 +42,7 @@ from lora_core.functional.linear import (
 )
 
 __all__ = [
+    "conv_transpose_update",
     "conv_update",
     "delta_norm",
     "dora_linear",

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_core.kernels import dropped
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def conv_update(
@@ -150,6 +151,65 @@ def lora_conv(
         seed=seed,
     )
     return base + update.to(base.dtype)
+
+
+def conv_transpose_update(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor | float = 1.0,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The low-rank update of a transposed convolution: down to the rank at every place, then up.
+
+    Equals `x` under the transposed convolution with the weight ``lora_A.flatten(1).T @ (gain *
+    lora_B.flatten(1))``, seen as ``(in, out / groups, *kernel)``. Every group shares `lora_B` and
+    has columns of `lora_A` to itself.
+
+    Args:
+        x: Input.
+        lora_A: Down-projection, one number per pair of channels; cast to the dtype of `x`.
+        lora_B: Up-projection, a kernel; likewise.
+        gain: What each rank's channel is multiplied by.
+        stride: As in `nn.ConvTranspose2d`; so are the rest of the geometry's.
+        padding: See there.
+        output_padding: See there.
+        dilation: See there.
+        groups: See there.
+        dropout: Probability of dropping an element of `x`; 0 is none.
+
+    Shape:
+        - x: ``(batch, in, *spatial)`` or ``(in, *spatial)``
+        - lora_A: ``(R, in, 1, ...)``; lora_B: ``(R, out / groups, *kernel)``
+        - gain: a scalar, ``(R,)``, or ``(batch, R)`` for a different mix per sample
+        - Output: ``(batch, out, *spatial)`` or ``(out, *spatial)``
+
+    Reference:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
+
+    Example:
+        >>> x, A, B = torch.ones(2, 4, 8, 8), torch.ones(3, 4, 1, 1), torch.zeros(3, 6, 2, 2)
+        >>> conv_transpose_update(x, A, B, stride=2).shape
+        torch.Size([2, 6, 16, 16])
+    """
+    if dropout > 0:
+        x = F.dropout(x, dropout)
+    places, rank = lora_B.ndim - 2, lora_A.shape[0]
+    down = lora_A.to(x.dtype).unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+    h = _CONVOLUTIONS[places](x, down, groups=groups)  # (b, g*R, *spatial)
+    if isinstance(gain, Tensor) and gain.ndim > 0:
+        gain = gain.repeat(*[1] * (gain.ndim - 1), groups)
+        gain = gain.reshape(*gain.shape, *[1] * places)
+    h = (h * gain).to(h.dtype)  # a gain of several entries would promote h
+    up = lora_B.to(h.dtype).expand(groups, *lora_B.shape).reshape(groups * rank, *lora_B.shape[1:])
+    conv = _TRANSPOSED[places]
+    return conv(h, up, None, stride, padding, output_padding, groups, dilation)
 
 
 def tucker_down(lora_A: Tensor, lora_mid: Tensor) -> Tensor:

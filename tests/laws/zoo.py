@@ -189,6 +189,9 @@ ZOO: dict[str, Kind] = {
         pictures(7, 6),
         FROM_VALUES,
     ),
+    "conv_transpose": Kind(
+        lambda: Model(nn.ConvTranspose2d(4, 6, 3, stride=2)), {"targets": "site"}, pictures(4, 5)
+    ),
     "conv3d": Kind(lambda: Model(nn.Conv3d(4, 6, 2)), {"targets": "site"}, pictures(4, 3, 3)),
     "embedding": Kind(
         lambda: Model(nn.Embedding(9, 6, padding_idx=0)), {"targets": "site"}, indices
