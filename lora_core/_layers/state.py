@@ -306,8 +306,8 @@ def _pair(layer: Any, terms: tuple[Term, ...]) -> Pair | Stack | None:
     if len(terms) == 1:
         return Pair(f"lora_A_{names[0]}", f"lora_B_{names[0]}", cast(float, gain), dropout)
     if isinstance(gain, Tensor):
-        spread = [cast(Tensor, term.gain).expand(term.recipe.room) for term in terms]
-        gain = torch.cat(spread)
+        with torch.inference_mode(mode=False):  # as of the gains themselves
+            gain = torch.cat([cast(Tensor, t.gain).expand(t.recipe.room) for t in terms])
     down, up = (tuple(f"{part}_{name}" for name in names) for part in ("lora_A", "lora_B"))
     return Stack(down, up, gain, dropout, layer.lora_kind.rank_dims)
 

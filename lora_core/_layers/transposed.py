@@ -44,7 +44,8 @@ class TransposedConvKind(Kind):
     def blank(self, shape: Shape) -> nn.Module:
         """A transposed convolution of one group."""
         hosts = {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d, 5: nn.ConvTranspose3d}
-        return hosts[len(shape)](shape[0], shape[1], shape[2:], device="meta")
+        size, out, *kernel = shape
+        return hosts[len(shape)](size, out, tuple(kernel), device="meta")  # type: ignore[arg-type]
 
     def refusal(self, host: Any, config: AdapterConfig) -> str:  # noqa: ARG002
         """No lengths of rows, which are no channels here, and no form of convolutions alone."""

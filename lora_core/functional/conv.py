@@ -201,7 +201,9 @@ def conv_transpose_update(
     if dropout > 0:
         x = F.dropout(x, dropout)
     places, rank = lora_B.ndim - 2, lora_A.shape[0]
-    down = lora_A.to(x.dtype).unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+    down = lora_A.to(x.dtype)
+    if groups > 1:
+        down = down.view(rank, groups, -1, *lora_A.shape[2:]).transpose(0, 1).flatten(0, 1)
     h = _CONVOLUTIONS[places](x, down, groups=groups)  # (b, g*R, *spatial)
     if isinstance(gain, Tensor) and gain.ndim > 0:
         gain = gain.repeat(*[1] * (gain.ndim - 1), groups)
