@@ -70,6 +70,11 @@ ZOO: dict[str, Zoo] = {
         {"targets": "0"},
         images(2, 4, 3, 4, 5),
     ),
+    "bilinear": (
+        lambda: nn.Bilinear(5, 4, 6),
+        {"targets": nn.Bilinear},
+        lambda: (torch.randn(3, 2, 5), torch.randn(3, 2, 4)),
+    ),
     "embedding": (
         lambda: nn.Sequential(nn.Embedding(20, 6, padding_idx=0)),
         {"targets": "0"},
@@ -98,11 +103,14 @@ CALLED = ("linear", "own", "root", "conv1d", "conv2d", "conv3d")
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 EXTRA: list[tuple[str, dict[str, Any]]] = [
     *((kind, extra) for kind in ZOO for extra in ({}, {"init": "pissa"}, {"reserve_rank": 3})),
-    *((kind, {"dora": True}) for kind in (*CALLED, "embedding")),
-    *((kind, {"dora": True, "bias": True}) for kind in CALLED),
-    *((kind, {"bias": True}) for kind in (*CALLED, *TRANSPOSED)),
+    *((kind, {"dora": True}) for kind in (*CALLED, "bilinear", "embedding")),
+    *((kind, {"dora": True, "bias": True}) for kind in (*CALLED, "bilinear")),
+    *((kind, {"bias": True}) for kind in (*CALLED, "bilinear", *TRANSPOSED)),
     *((kind, {"tucker": True}) for kind in CALLED if kind.startswith("conv")),
-    *((kind, {"init": "olora"}) for kind in ("linear", "conv2d", "embedding", "gru", *TRANSPOSED)),
+    *(
+        (kind, {"init": "olora"})
+        for kind in ("linear", "conv2d", "bilinear", "embedding", "gru", *TRANSPOSED)
+    ),
 ]
 cases = pytest.mark.parametrize(
     ("kind", "extra"), EXTRA, ids=[f"{k}-{'-'.join(map(str, e)) or 'plain'}" for k, e in EXTRA]

@@ -1,5 +1,6 @@
 """Layers that carry adapters; a kind of layer is a file here and a line below."""
 
+from lora_core._layers import bilinear as bilinear
 from lora_core._layers import transposed as transposed
 from lora_core._layers.attachment import attach, call_me, detach, exchange
 from lora_core._layers.calls import BARE, PINS, at_rest, changing, pin_of, refuse_pinned

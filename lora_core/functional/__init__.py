@@ -7,6 +7,7 @@ Letters in the shape notes: in = in_features, out = out_features, R = rank (the 
 where several adapters are stacked).
 """
 
+from lora_core.functional.bilinear import bilinear_update
 from lora_core.functional.conv import (
     conv_transpose_update,
     conv_update,
@@ -42,6 +43,7 @@ from lora_core.functional.linear import (
 )
 
 __all__ = [
+    "bilinear_update",
     "conv_transpose_update",
     "conv_update",
     "delta_norm",

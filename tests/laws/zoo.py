@@ -70,6 +70,13 @@ class Beside(Model):
         return self.site(x, x[..., :4], x[..., :6], need_weights=False)[0]
 
 
+class Twice(Model):
+    """A layer of two inputs at `site`."""
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.site(x, x[..., :4])
+
+
 class Recurrent(Model):
     """A recurrent layer at `site`."""
 
@@ -192,6 +199,7 @@ ZOO: dict[str, Kind] = {
     "conv_transpose": Kind(
         lambda: Model(nn.ConvTranspose2d(4, 6, 3, stride=2)), {"targets": "site"}, pictures(4, 5)
     ),
+    "bilinear": Kind(lambda: Twice(nn.Bilinear(8, 4, 6)), {"targets": "site"}, vectors),
     "conv3d": Kind(lambda: Model(nn.Conv3d(4, 6, 2)), {"targets": "site"}, pictures(4, 3, 3)),
     "embedding": Kind(
         lambda: Model(nn.Embedding(9, 6, padding_idx=0)), {"targets": "site"}, indices
