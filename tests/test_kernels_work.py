@@ -1,6 +1,7 @@
 """What the fast forms cost, counted: bytes, operations, FLOPs and graphs."""
 
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 import lora_core
 from benchmarks.measure import flops, saved_bytes, work
 from lora_core import LoRALinear, explain
-from lora_core.functional import fused_lora_linear, lora_linear
+from lora_core.functional import fused_lora_linear, fused_plan, lora_linear
 from lora_core.kernels import door, forms, linear, ops
 
 # tokens, in, out, rank: low-rank form; many tokens over a small matrix: merged form
@@ -110,6 +111,35 @@ def test_a_forward_makes_the_output_and_a_backward_the_gradient_of_x(form):
     assert forward.nbytes <= dy.nbytes + small
     assert backward.nbytes <= x.nbytes + 2 * small
     assert not ELEMENTWISE & {*forward.kernels, *backward.kernels}
+
+
+def frames(call) -> int:
+    """How many functions written in Python a call passes through."""
+    count = 0
+
+    def note(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    call()  # what is remembered from call to call
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return count - 1  # the call itself
+
+
+@pytest.mark.parametrize("form", list(SHAPES))
+@pytest.mark.parametrize(("gradients", "most"), [(True, 10), (False, 7)])
+def test_the_door_passes_through_few_functions(form, gradients, most):
+    M, K, N, rank = SHAPES[form]
+    x, W, b = torch.randn(M, K, requires_grad=True), torch.randn(N, K), torch.randn(N)
+    A, B = torch.randn(rank, K, requires_grad=True), torch.randn(N, rank, requires_grad=True)
+    with torch.set_grad_enabled(gradients):
+        assert fused_plan(x, W, b, A, B, 2.0).form == form
+        assert frames(lambda: fused_lora_linear(x, W, b, A, B, 2.0)) <= most
 
 
 def test_the_low_rank_form_is_three_products_and_five():

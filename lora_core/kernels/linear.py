@@ -72,7 +72,7 @@ def low_rank(
     if torch.is_grad_enabled() and (x.requires_grad or any(map(_wants_grad, factors))):
         y: Tensor = _low_rank(rows, weight, bias, gain, dtype, dropout, seed, *factors)
     else:
-        A, B = _stacks(factors)
+        A, B = factors if len(factors) == 2 else _stacks(factors)
         y, _ = forward(rows, weight, bias, A, B, gain, dtype, dropout, seed)
     return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
 
@@ -121,9 +121,11 @@ class LowRank(Function):
         *factors: Tensor,
     ) -> Tensor:
         """The output; keeps of the inputs and h what the gradients asked for are made from."""
-        lora_A, lora_B = _stacks(factors)
+        one = len(factors) == 2  # which is not to pay for several
+        lora_A, lora_B = factors if one else _stacks(factors)
         y, h = forward(x, weight, bias, lora_A, lora_B, gain, dtype, dropout, seed)
-        needs_x, needs_A, needs_B = _needed(ctx.needs_input_grad, 7)
+        asked = ctx.needs_input_grad
+        needs_x, needs_A, needs_B = (asked[0], *asked[7:]) if one else _needed(asked, 7)
         # the gradient of B is made from h, and from x only if that gradient may want one of x
         kept = x if needs_A or (needs_B and needs_x) else None
         number, vector = (None, gain) if isinstance(gain, Tensor) else (gain, None)
@@ -208,26 +210,23 @@ def forward(
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output and h, ``(M, R)``; not differentiable."""
-    if x.dtype is dtype and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
-        y = F.linear(x, weight, bias)
-    else:
-        shift = None if bias is None else as_dtype(bias, dtype)
-        y = F.linear(as_dtype(x, dtype), as_dtype(weight, dtype), shift)
-    seen = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    if seen.dtype is not dtype:
-        seen = seen.to(dtype)
+    same = x.dtype is dtype is weight.dtype is lora_A.dtype is lora_B.dtype
+    if not same or (bias is not None and bias.dtype is not dtype):
+        bias = None if bias is None else as_dtype(bias, dtype)
+        x, weight = as_dtype(x, dtype), as_dtype(weight, dtype)
+        lora_A, lora_B = as_dtype(lora_A, dtype), as_dtype(lora_B, dtype)
+    y = F.linear(x, weight, bias)
+    seen, out = x, y
+    if x.ndim != 2:
+        seen, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     if seed is not None:
         mask, scale = keep_mask(seen, dropout, seed)
         seen, gain = seen * mask, gain * scale
-    A = lora_A if lora_A.dtype is dtype else lora_A.to(dtype)
-    B = lora_B if lora_B.dtype is dtype else lora_B.to(dtype)
-    h = seen.mm(A.t())
-    out = y if y.ndim == 2 else y.view(-1, y.shape[-1])
+    h = seen.mm(lora_A.t())
     if isinstance(gain, Tensor):
         h = spread(h, gain)
-        out.addmm_(h, B.t())
-    else:
-        out.addmm_(h, B.t(), alpha=gain)
+        gain = 1.0
+    out.addmm_(h, lora_B.t(), alpha=gain)
     return y, h
 
 
