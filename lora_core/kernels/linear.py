@@ -100,7 +100,8 @@ def merged(
         rows = _flat(x) if x.ndim != 2 else x
         y: Tensor = _merged(rows, weight, bias, gain, dtype, *factors)
         return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
-    folded = fold(weight, *_stacks(factors), gain, dtype)
+    A, B = factors if len(factors) == 2 else _stacks(factors)
+    folded = fold(weight, A, B, gain, dtype)
     shift = bias if bias is None or bias.dtype is dtype else bias.to(dtype)
     return F.linear(x if x.dtype is dtype else x.to(dtype), folded, shift)
 
