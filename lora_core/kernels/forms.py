@@ -26,7 +26,7 @@ from lora_core.kernels.triton.configs import LEAST_CAPABILITY, MAX_RANK
 
 MERGE_RATIO = 8.0  # merge on the fly above this M (K + N) / (K N) where a gradient is wanted
 MERGE_RATIO_ALONE = 2.0  # and above this in a forward alone
-SMALL_MATRIX = 2**14  # numbers in a matrix whose fold may cost less than one more call
+SMALL_MATRIX = 2**14  # numbers in a matrix whose fold costs a forward less than one more call
 SMALL_FOLD = 2**17  # and multiply-adds that such a fold may take
 ONE_KERNEL_RANK = 32  # the widest rank that the one-kernel form carries along
 ONE_KERNEL_WORK = 2**33  # multiply-adds above which a call is bound by arithmetic
@@ -103,7 +103,8 @@ def choose(
     if half or not shared_matrix or tokens == 0:
         return LOW_RANK
     matrix = in_features * out_features
-    if device == "cpu" and matrix <= SMALL_MATRIX and matrix * rank <= SMALL_FOLD:
+    small = matrix <= SMALL_MATRIX and matrix * rank <= SMALL_FOLD
+    if device == "cpu" and small and not trains:
         return MERGE_SMALL
     ratio = MERGE_RATIO if trains else MERGE_RATIO_ALONE
     outweighed = tokens * (in_features + out_features) > ratio * matrix
