@@ -24,7 +24,7 @@ import torch
 
 from lora_core.kernels.triton.configs import LEAST_CAPABILITY, MAX_RANK
 
-MERGE_RATIO = 8.0  # merge on the fly above this M (K + N) / (K N) where a gradient is wanted
+MERGE_RATIO = 4.0  # merge on the fly above this M (K + N) / (K N) where a gradient is wanted
 MERGE_RATIO_ALONE = 2.0  # and above this in a forward alone
 SMALL_MATRIX = 2**14  # numbers in a matrix whose fold costs a forward less than one more call
 SMALL_FOLD = 2**17  # and multiply-adds that such a fold may take

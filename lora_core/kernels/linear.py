@@ -28,9 +28,9 @@ from lora_core.kernels.norms import without_autocast
 Gain = float | Tensor
 Factor = Tensor | Sequence[Tensor]  # of one adapter, or of each of several
 
-# numbers in dy up to which a CPU is as fast at the straight products q and dB; beyond it is up to
-# eight times faster at their transposes
-FEW = 2**12
+# numbers in dy up to which, and a rank from which, a CPU is as fast at the straight products q and
+# dB; between them it is up to eight times faster at their transposes
+FEW, WIDE = 2**12, 16
 
 _wants_grad = attrgetter("requires_grad")
 
@@ -265,7 +265,8 @@ def gradients(
     A = lora_A if lora_A.dtype is dtype else lora_A.to(dtype)
     B = lora_B if lora_B.dtype is dtype else lora_B.to(dtype)
     rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
-    straight = rows.is_cuda or rows.numel() <= FEW  # a GPU writes either layout
+    # a GPU writes either layout
+    straight = rows.is_cuda or rows.numel() <= FEW or A.shape[0] >= WIDE
     if seed is not None:
         mask, scale = keep_mask(rows.new_empty(rows.shape[0], A.shape[1]), dropout, seed)
         gain = gain * scale
