@@ -74,7 +74,7 @@ normal = torch.randn
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], str]] = {
     "few tokens": (lambda: adapted(wide()), lambda: normal(7, 200), "addmm"),
     "many tokens": (lambda: adapted(wide()), lambda: normal(4000, 200), "merge"),
-    "small matrix": (lambda: adapted(nn.Linear(8, 6)), lambda: normal(70, 8), "merge"),
+    "small matrix": (lambda: adapted(nn.Linear(8, 6)), lambda: normal(7, 8), "merge"),
     "no tokens": (lambda: adapted(wide()), lambda: normal(0, 200), "addmm"),
     "one token": (lambda: adapted(wide()), lambda: normal(200), "addmm"),
     "dora": (lambda: adapted(wide(), dora=True), lambda: normal(7, 200), "composed"),
@@ -185,7 +185,7 @@ def test_strengths_per_sample_take_the_low_rank_form_even_where_one_would_be_fol
     chosen = STRENGTHS[strength]
     layer = adapted(nn.Linear(8, 6))
     lora_core.scales(layer, default=chosen)
-    x = torch.randn(6 if "doubled" in strength else 3, 20, 8)
+    x = torch.randn(6 if "doubled" in strength else 3, 5, 8)
     form = "addmm" if isinstance(chosen, list) else "merge"
     assert explain(layer, x).form == form
     how, out = taken(layer, x)

@@ -13,18 +13,12 @@ TABLE = [
     (4096, 320, 320, 4, FP32, {}, "merge"),
     (4096, 320, 2560, 4, FP32, {}, "merge"),
     (4096, 320, 320, 4, FP64, {}, "merge"),
+    (1024, 320, 320, 4, FP32, {}, "merge"),
     (1024, 640, 640, 4, FP32, {}, "addmm"),
     (256, 1280, 1280, 4, FP32, {}, "addmm"),
     (77, 768, 320, 4, FP32, {}, "addmm"),
     (512, 4096, 4096, 16, FP32, {}, "addmm"),
     (0, 320, 320, 4, FP32, {}, "addmm"),
-    # a forward alone makes no skinny product that a backward would make anyhow
-    (1024, 640, 640, 4, FP32, {"trains": False}, "merge"),
-    (256, 128, 256, 4, FP32, {"trains": False}, "merge"),
-    (256, 128, 256, 4, FP32, {}, "addmm"),
-    (256, 1280, 1280, 4, FP32, {"trains": False}, "addmm"),
-    (77, 768, 320, 4, FP32, {"trains": False}, "addmm"),
-    (4096, 320, 320, 4, BF16, {"trains": False}, "addmm"),
     # 16 bits would round the update away
     (4096, 320, 320, 4, BF16, {}, "addmm"),
     (4096, 320, 320, 4, FP16, {}, "addmm"),
@@ -32,13 +26,10 @@ TABLE = [
     (4096, 320, 320, 4, FP32, {"dropout": True}, "addmm"),
     (4096, 320, 320, 4, FP32, {"per_sample": True}, "addmm"),
     # a matrix so small that calls cost more than arithmetic
-    (2, 8, 8, 2, FP32, {"trains": False}, "merge"),
-    (2, 8, 8, 2, BF16, {"trains": False}, "addmm"),
-    (1, 128, 128, 4, FP32, {"trains": False}, "merge"),
-    (1, 128, 128, 64, FP32, {"trains": False}, "addmm"),
-    # a backward makes up for that call
-    (2, 8, 8, 2, FP32, {}, "addmm"),
-    (1, 128, 128, 4, FP32, {}, "addmm"),
+    (2, 8, 8, 2, FP32, {}, "merge"),
+    (2, 8, 8, 2, BF16, {}, "addmm"),
+    (1, 128, 128, 4, FP32, {}, "merge"),
+    (1, 128, 128, 64, FP32, {}, "addmm"),
     # CUDA
     (4096, 320, 320, 4, BF16, {"device": "cuda", "capability": H100}, "triton1"),
     (4096, 320, 320, 64, BF16, {"device": "cuda", "capability": H100}, "triton2"),

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import sys
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,6 @@ _CACHED = Form("composed", "selective checkpointing keeps products that must not
 _COMPILED = Form("operator", "under torch.compile the low-rank form is one graph for every size")
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
-_wants_grad = attrgetter("requires_grad")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TYPICAL_TOKENS = 4096  # what a compiled graph is planned for, whatever it is called with
 _chosen = functools.lru_cache(maxsize=1024)(choose)
@@ -112,9 +110,7 @@ def route(
     device, able = ("cuda", capability(x.device)) if x.is_cuda else ("cpu", None)
     if not isinstance(tokens, int) or (dropout > 0 and not x.is_cuda and _is_fake(x)):
         return _SHAPES
-    trains = grad and (x.requires_grad or any(map(_wants_grad, factors)))
-    flags = dtype, device, able, dropout > 0, per_sample
-    return _chosen(tokens, size, shape[0], rank, *flags, trains)
+    return _chosen(tokens, size, shape[0], rank, dtype, device, able, dropout > 0, per_sample)
 
 
 def run(

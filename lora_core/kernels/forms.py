@@ -13,9 +13,10 @@ and the (M, K) or (M, N) sized traffic that each adds on top of the frozen layer
     "triton2"        forward: x once               backward: dy and x once
     "triton1"        forward: next to nothing      backward: dy and x once
 
-"merge" wins where the tokens outweigh the matrix: the more so where no gradient is wanted, since a
-backward makes the skinny products all the same. The one-kernel form recomputes ``x A^T`` in every
-column of tiles, so it pays only while a call is bound by memory or by launches.
+"merge" wins where the tokens outweigh the matrix, which is what `MERGE_RATIO` says; the one-kernel
+form recomputes ``x A^T`` in every column of tiles, so it pays only while a call is bound by memory
+or by launches. Whether a gradient is wanted decides nothing: a checkpoint that computes a call
+twice, without and with, is to get the same bits.
 """
 
 from typing import NamedTuple
@@ -24,8 +25,7 @@ import torch
 
 from lora_core.kernels.triton.configs import LEAST_CAPABILITY, MAX_RANK
 
-MERGE_RATIO = 4.0  # merge on the fly above this M (K + N) / (K N) where a gradient is wanted
-MERGE_RATIO_ALONE = 2.0  # and above this in a forward alone
+MERGE_RATIO = 4.0  # merge on the fly above this M (K + N) / (K N)
 SMALL_MATRIX = 2**14  # numbers in a matrix whose fold costs a forward less than one more call
 SMALL_FOLD = 2**17  # and multiply-adds that such a fold may take
 ONE_KERNEL_RANK = 32  # the widest rank that the one-kernel form carries along
@@ -66,7 +66,6 @@ def choose(
     capability: tuple[int, int] | None = None,
     dropout: bool = False,
     per_sample: bool = False,
-    trains: bool = True,
 ) -> Form:
     """The fastest form that is right for these sizes.
 
@@ -80,7 +79,6 @@ def choose(
         capability: Of the CUDA device if Triton can be used there, else None.
         dropout: Whether the update's input is dropped out.
         per_sample: Whether each sample has gains of its own.
-        trains: Whether a gradient is wanted of the call.
 
     Example:
         >>> choose(4096, 320, 320, 4, dtype=torch.float32).form
@@ -103,9 +101,7 @@ def choose(
     if half or not shared_matrix or tokens == 0:
         return LOW_RANK
     matrix = in_features * out_features
-    small = matrix <= SMALL_MATRIX and matrix * rank <= SMALL_FOLD
-    if device == "cpu" and small and not trains:
+    if device == "cpu" and matrix <= SMALL_MATRIX and matrix * rank <= SMALL_FOLD:
         return MERGE_SMALL
-    ratio = MERGE_RATIO if trains else MERGE_RATIO_ALONE
-    outweighed = tokens * (in_features + out_features) > ratio * matrix
+    outweighed = tokens * (in_features + out_features) > MERGE_RATIO * matrix
     return MERGE if outweighed else LOW_RANK
