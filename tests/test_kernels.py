@@ -108,7 +108,7 @@ def test_every_form_gives_the_references_output_and_gradients(form, shape, gain_
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-@pytest.mark.parametrize("rank", [1, 4, 17, 64])
+@pytest.mark.parametrize("rank", [1, 4, 9, 17, 64])
 def test_tails_and_ranks_at_real_sizes_agree_with_the_reference(form, rank):
     x, W, b = randn(77, 96), randn(70, 96, seed=1), randn(70, seed=2)
     factors = randn(rank, 96, seed=3), randn(70, rank, seed=4)

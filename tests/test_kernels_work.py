@@ -331,6 +331,12 @@ def test_the_operator_obeys_the_rules_of_operators(form):
     )
 
 
+def test_the_operator_gives_its_rows_in_the_layout_that_it_promises():
+    x, W, A, B = torch.randn(96, 160), torch.randn(9, 160), torch.randn(8, 160), torch.randn(9, 8)
+    operands = x, W, None, A, B, torch.tensor(0.5), torch.float32, "operator", 0.0, None
+    assert all(out.is_contiguous() for out in torch.ops.lora_core.linear(*operands))
+
+
 def test_the_operator_answers_in_eager_arithmetic_on_a_cpu():
     x, W, A, B = torch.randn(7, 6), torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2)
     got = ops.lora_linear(x, W, None, A, B, torch.tensor(0.5), dtype=torch.float32, form="triton1")

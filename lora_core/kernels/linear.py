@@ -28,9 +28,9 @@ from lora_core.kernels.norms import without_autocast
 Gain = float | Tensor
 Factor = Tensor | Sequence[Tensor]  # of one adapter, or of each of several
 
-# numbers in dy up to which, and a rank from which, a CPU is as fast at the straight products q and
-# dB; between them it is up to eight times faster at their transposes
-FEW, WIDE = 2**12, 16
+# numbers in x or dy up to which, and a rank from which, a CPU is as fast at the straight products
+# h, q and dB; between them it is up to eight times faster at their transposes, of h from `NARROW` on
+FEW, NARROW, WIDE = 2**12, 5, 16
 
 _wants_grad = attrgetter("requires_grad")
 
@@ -223,7 +223,10 @@ def forward(
     if seed is not None:
         mask, scale = keep_mask(seen, dropout, seed)
         seen, gain = seen * mask, gain * scale
-    h = seen.mm(lora_A.t())
+    if NARROW <= lora_A.shape[0] < WIDE and seen.numel() > FEW:
+        h = lora_A.mm(seen.t()).t()
+    else:
+        h = seen.mm(lora_A.t())
     if isinstance(gain, Tensor):
         h = spread(h, gain)
         gain = 1.0
@@ -276,7 +279,8 @@ def gradients(
         if mask is not None:
             seen = seen * mask
         if h is None:
-            h = seen.mm(A.t())
+            turned = A.shape[0] >= NARROW and not straight
+            h = A.mm(seen.t()).t() if turned else seen.mm(A.t())
             h = h if vector is None else spread(h, vector)
     # beta=0 reads nothing of the first operand: it lends its shape
     if needs_B and h is not None:
@@ -328,7 +332,7 @@ def spread(h: Tensor, gain: Tensor) -> Tensor:
     # in the wider of both dtypes, rounded once: a gain of 0.3 in 16 bits is off at every step
     if gain.ndim == 2:
         samples = h.reshape(gain.shape[0], h.shape[0] // max(len(gain), 1), h.shape[1])
-        return as_dtype(samples * gain[:, None], h.dtype).view(h.shape)
+        return as_dtype(samples * gain[:, None], h.dtype).reshape(h.shape)
     return as_dtype(h * gain, h.dtype)
 
 

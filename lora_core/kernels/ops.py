@@ -77,7 +77,8 @@ def _forward(
     _check_shapes(x, weight, bias, lora_A, lora_B, gain)
     if not by_triton(x, form):
         operands = x, weight, bias, lora_A, lora_B, gain
-        return forward(*operands, dtype, dropout, _number(seed))
+        y, h = forward(*operands, dtype, dropout, _number(seed))
+        return y, h.contiguous()
     from lora_core.kernels.triton import launch
 
     shift = None if bias is None else bias.to(dtype)
