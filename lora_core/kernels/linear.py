@@ -29,7 +29,7 @@ Gain = float | Tensor
 Factor = Tensor | Sequence[Tensor]  # of one adapter, or of each of several
 
 # numbers in x or dy up to which, and a rank from which, a CPU is as fast at the straight products
-# h, q and dB; between them it is up to eight times faster at their transposes, of h from `NARROW` on
+# h, q and dB; between them it is up to eight times faster at their transposes, h from `NARROW` on
 FEW, NARROW, WIDE = 2**12, 5, 16
 
 _wants_grad = attrgetter("requires_grad")
