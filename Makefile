@@ -62,11 +62,13 @@ coverage: $(VENV)/.dev  ## branch coverage of the last `make test`
 bench: $(VENV)/.bench  ## adapted layers against the frozen layer and other libraries, on one CPU thread
 	$(BIN)/python -m benchmarks.fused --json build/fused-cpu.json --plot build/fused.png
 	$(BIN)/python -m benchmarks.lifecycle --json build/lifecycle.json
+	$(BIN)/python -m benchmarks.models --json build/models.json
 
 bench-smoke: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.parameter_count --ranks 1 4
 	$(BIN)/python -m benchmarks.fused --quick --without-peers
 	$(BIN)/python -m benchmarks.lifecycle --quick --without-peers
+	$(BIN)/python -m benchmarks.models --quick --without-peers
 	$(BIN)/python -m benchmarks.algebra --quick
 
 clean:  ## remove what the targets made

@@ -226,8 +226,6 @@ def _ours(problem: Problem) -> Contender:
     case = problem.case
     if case.dora:
         return _dora(problem)
-    if case.samples:
-        return _chosen(problem)
     settings: dict[str, Any] = {
         "rank": case.rank,
         "alpha": SCALE * case.rank,
@@ -242,23 +240,10 @@ def _ours(problem: Problem) -> Contender:
         (getattr(layer, f"lora_A_{name}"), getattr(layer, f"lora_B_{name}")) for name in names
     )
     _fill(own, problem)
+    if problem.choice:
+        strengths = {n: [float(i == j) for j in problem.choice] for i, n in enumerate(names)}
+        lora_core.scales(layer, **strengths)
     return Contender(OURS, layer, layer, own)
-
-
-def _chosen(problem: Problem) -> Contender:
-    """One adapter per sample, which the library offers as a function of stacked factors."""
-    own = _own_factors(problem)
-    device = problem.weight.device
-    gain = torch.full((len(own),), SCALE, device=device)
-    index = torch.tensor(problem.choice, device=device)
-
-    def forward(x: Tensor) -> Tensor:
-        lora_A, lora_B = (torch.stack(f) for f in zip(*own, strict=True))
-        return functional.lora_linear_chosen(
-            x, problem.weight, problem.bias, lora_A, lora_B, gain, index
-        )
-
-    return Contender(OURS, nn.ParameterList(f for pair in own for f in pair), forward, own)
 
 
 def _dora(problem: Problem) -> Contender:

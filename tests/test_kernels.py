@@ -17,8 +17,6 @@ from lora_core.functional import (
     fused_lora_linear,
     fused_plan,
     lora_linear,
-    lora_linear_chosen,
-    shared_lora_linear,
     stack_factors,
 )
 from lora_core.kernels import draw_seed, dropped, linear, ops
@@ -110,7 +108,7 @@ def test_every_form_gives_the_references_output_and_gradients(form, shape, gain_
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-@pytest.mark.parametrize("rank", [1, 4, 17, 64])
+@pytest.mark.parametrize("rank", [1, 4, 9, 17, 64])
 def test_tails_and_ranks_at_real_sizes_agree_with_the_reference(form, rank):
     x, W, b = randn(77, 96), randn(70, 96, seed=1), randn(70, seed=2)
     factors = randn(rank, 96, seed=3), randn(70, rank, seed=4)
@@ -381,41 +379,71 @@ def test_stacked_adapters_are_the_sum_of_each(ranks, same):
     assert_close(fused_lora_linear(x, W, None, *stack_factors(tensors)), expected)
 
 
-def test_no_samples_choose_nothing():
-    A, B = randn(3, 2, 6), randn(3, 5, 2)
-    index = torch.zeros(0, dtype=torch.long)
-    got = lora_linear_chosen(randn(0, 4, 6), randn(5, 6), None, A, B, torch.ones(3), index)
-    assert got.shape == (0, 4, 5)
+def in_a_row(ranks: list[int], dtype: torch.dtype = torch.float64) -> tuple[list, list]:
+    """Factors of several adapters, a layer of 6 -> 5."""
+    downs = [leaf(randn(r, 6, seed=10 + i), dtype) for i, r in enumerate(ranks)]
+    ups = [leaf(randn(5, r, seed=20 + i), dtype) for i, r in enumerate(ranks)]
+    return downs, ups
 
 
-@pytest.mark.parametrize("lead", [(4,), (4, 3), (4, 2, 3)])
-def test_a_chosen_adapter_per_sample_is_that_adapter_alone(lead):
-    x, W, b = randn(*lead, 6).requires_grad_(), randn(5, 6, seed=1), randn(5, seed=2)
-    A, B = randn(3, 2, 6, seed=3).requires_grad_(), randn(3, 5, 2, seed=4).requires_grad_()
-    gain, index = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), torch.tensor([2, 0, 0, 1])
-    got = lora_linear_chosen(x, W, b, A, B, gain, index)
-    alone = [lora_linear(x[i], W, b, A[j], B[j], gain[j]) for i, j in enumerate(index.tolist())]
-    assert_close(got, torch.stack(alone))
-    inputs = (x, A, B)
+@pytest.mark.parametrize("form", ["addmm", "merge", "chosen"])
+@pytest.mark.parametrize("gain_kind", ["one", "number", "per rank", "per sample", "zero"])
+@pytest.mark.parametrize("ranks", [[2], [1, 3], [2, 1, 4]], ids=str)
+def test_adapters_in_a_row_are_their_stack_and_each_gets_its_gradient(form, gain_kind, ranks):
+    if gain_kind == "per sample" and form == "merge":
+        return
+    x, W, b = leaf(randn(2, 3, 6), torch.float64), randn(5, 6, seed=1), randn(5, seed=2)
+    downs, ups = in_a_row(ranks)
+    gain = gain_of(gain_kind, sum(ranks), 2)
+    got = FORMS[form](x, W, b, downs, ups, gain)
+    expected = lora_linear(x, W, b, torch.cat(downs), torch.cat(ups, 1), gain)
+    assert_close(got, expected)
+    dy, leaves = randn(*got.shape, seed=9), [x, *downs, *ups]
     for g, e in zip(
-        torch.autograd.grad(got.square().sum(), inputs),
-        torch.autograd.grad(torch.stack(alone).square().sum(), inputs),
-        strict=True,
+        torch.autograd.grad(got, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
     ):
         assert_close(g, e)
+    with torch.no_grad():
+        assert_close(FORMS[form](x, W, b, tuple(downs), tuple(ups), gain), expected)
+
+    def call(x: Tensor, *factors: Tensor) -> Tensor:
+        n = len(ranks)
+        return FORMS[form](x, W, b, factors[:n], factors[n:], gain)
+
+    assert gradgradcheck(call, leaves)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_projections_that_share_x_are_each_their_own(bias):
-    x, sizes, ranks, gains = randn(2, 3, 6), (5, 4, 5), (2, 1, 3), (1.0, 0.5, -2.0)
-    W = randn(sum(sizes), 6, seed=1)
-    b = randn(sum(sizes), seed=2) if bias else None
-    As = [randn(r, 6, seed=10 + i) for i, r in enumerate(ranks)]
-    Bs = [randn(n, r, seed=20 + i) for i, (n, r) in enumerate(zip(sizes, ranks, strict=True))]
-    got = shared_lora_linear(x, W, b, As, Bs, gains)
-    biases = [None] * 3 if b is None else b.split(sizes)
-    for y, W_i, b_i, A, B, g in zip(got, W.split(sizes), biases, As, Bs, gains, strict=True):
-        assert_close(y, lora_linear(x, W_i, b_i, A, B, g))
+@pytest.mark.parametrize("form", ["addmm", "merge"])
+def test_of_adapters_in_a_row_each_keeps_its_own_dtype_and_one_may_be_frozen(form):
+    x, W = leaf(randn(3, 6), torch.bfloat16), randn(5, 6, seed=1, dtype=torch.bfloat16)
+    downs, ups = in_a_row([2, 3], torch.float32)
+    downs[1], ups[0] = downs[1].detach().bfloat16(), leaf(ups[0], torch.bfloat16)
+    FORMS[form](x, W, None, downs, ups, 0.5).sum().backward()
+    assert [t.grad is None for t in (*downs, *ups)] == [False, True, False, False]
+    assert [t.grad.dtype for t in (x, downs[0], *ups)] == [
+        *(torch.bfloat16, torch.float32),
+        *(torch.bfloat16, torch.float32),
+    ]
+    twins = [leaf(t, torch.float64) for t in (x, *downs, *ups)]
+    stack = torch.cat(twins[1:3]), torch.cat(twins[3:], 1)
+    lora_linear(twins[0], W.double(), None, *stack, 0.5).sum().backward()
+    for t, twin in zip((x, downs[0], *ups), (*twins[:2], *twins[3:]), strict=True):
+        assert_close(t.grad.double(), twin.grad, atol=0.1, rtol=0.05)
+        assert t.grad.abs().max() > 0
+
+
+def test_adapters_in_a_row_are_composed_where_one_would_be():
+    x, W = randn(4, 3, 6), randn(5, 6, seed=1)
+    downs, ups = in_a_row([2, 1])
+    expected = lora_linear(x, W, None, torch.cat(downs), torch.cat(ups, 1), 0.5)
+    got = torch.func.vmap(lambda x: fused_lora_linear(x, W, None, downs, ups, 0.5))(x)
+    assert_close(got, expected)
+    assert fused_plan(x, W, None, downs, [ups[0], torch.nn.Buffer(ups[1])]).form != "composed"
+
+    class Own(Tensor):
+        """Not a plain tensor."""
+
+    assert fused_plan(x, W, None, [downs[0], downs[1].as_subclass(Own)], ups).form == "composed"
 
 
 # the norm of DoRA

@@ -1,6 +1,7 @@
 """What the fast forms cost, counted: bytes, operations, FLOPs and graphs."""
 
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -12,8 +13,8 @@ from torch.testing import assert_close
 import lora_core
 from benchmarks.measure import flops, saved_bytes, work
 from lora_core import LoRALinear, explain
-from lora_core.functional import fused_lora_linear, lora_linear
-from lora_core.kernels import linear, ops, planning, products, routing
+from lora_core.functional import fused_lora_linear, fused_plan, lora_linear
+from lora_core.kernels import door, forms, linear, ops
 
 # tokens, in, out, rank: low-rank form; many tokens over a small matrix: merged form
 SHAPES = {"addmm": (96, 160, 144, 4), "merge": (1024, 48, 56, 4)}
@@ -60,6 +61,16 @@ def test_only_what_the_wanted_gradients_are_made_from_is_kept(form):
     assert saved_bytes(lambda: layer(frozen), apart=parameters) == (h if form == "addmm" else whole)
 
 
+def test_adapters_in_a_row_keep_one_h_and_no_stack():
+    x, W = torch.randn(96, 160, requires_grad=True), torch.randn(144, 160)
+    downs = [torch.randn(r, 160, requires_grad=True) for r in (2, 4)]
+    ups = [torch.randn(144, r, requires_grad=True) for r in (2, 4)]
+    kept = saved_bytes(
+        lambda: fused_lora_linear(x, W, None, downs, ups, 0.5), apart=[x, W, *downs, *ups]
+    )
+    assert kept == 96 * 6 * 4
+
+
 def test_three_projections_of_one_x_keep_one_x():
     layers = [adapted("addmm")[0] for _ in range(3)]
     x = torch.randn(96, 160, requires_grad=True)
@@ -102,11 +113,41 @@ def test_a_forward_makes_the_output_and_a_backward_the_gradient_of_x(form):
     assert not ELEMENTWISE & {*forward.kernels, *backward.kernels}
 
 
+def frames(call) -> int:
+    """How many functions written in Python a call passes through."""
+    count = 0
+
+    def note(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    call()  # what is remembered from call to call
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return count - 1  # the call itself
+
+
+@pytest.mark.parametrize("form", list(SHAPES))
+@pytest.mark.parametrize(("gradients", "most"), [(True, 10), (False, 7)])
+def test_the_door_passes_through_few_functions(form, gradients, most):
+    M, K, N, rank = SHAPES[form]
+    x, W, b = torch.randn(M, K, requires_grad=True), torch.randn(N, K), torch.randn(N)
+    A, B = torch.randn(rank, K, requires_grad=True), torch.randn(N, rank, requires_grad=True)
+    with torch.set_grad_enabled(gradients):
+        assert fused_plan(x, W, b, A, B, 2.0).form == form
+        assert frames(lambda: fused_lora_linear(x, W, b, A, B, 2.0)) <= most
+
+
 def test_the_low_rank_form_is_three_products_and_five():
     layer, x, dy = adapted("addmm")
     forward, backward = work(lambda: layer(x)), work(backward_of(layer, x, dy))
-    assert forward.kernels == ("addmm", "addmm", "addmm_")
-    assert sorted(backward.kernels) == ["addmm", "addmm_", "mm", "mm", "mm"]
+    # the gain rides on an accumulation: a product for the rank alone is a plain one
+    assert forward.kernels == ("addmm", "mm", "addmm_")
+    assert sorted(backward.kernels) == ["addmm", "addmm", "addmm_", "mm", "mm"]
 
 
 def test_the_arithmetic_is_the_frozen_layers_and_six_skinny_products():
@@ -142,7 +183,7 @@ def test_the_products_do_not_grow_with_the_number_of_adapters():
 
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(routing, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(door, "capability", lambda device: (9, 0))
 
 
 def on_fake_cuda(M, K, N, rank, dtype=torch.bfloat16):
@@ -159,27 +200,27 @@ def on_fake_cuda(M, K, N, rank, dtype=torch.bfloat16):
             W.new_empty(M, N),
         )
         gain = torch.empty((), device="cuda")
-        plan = routing.route(x, W, b, A, B, 0.5, 0.0)
+        form = door.route(x, W, b, A, B, 0.5, 0.0)
         results = []
-        fused = plan.form in planning.TRITON
+        fused = form.form in forms.TRITON
         first = work(
-            lambda: results.append(routing.run(plan, x, W, b, A, B, gain if fused else 0.5, 0.0))
+            lambda: results.append(door.run(form, x, W, b, A, B, gain if fused else 0.5, 0.0))
         )
         (y,) = results
         assert (y.device.type, y.dtype, tuple(y.shape)) == ("cuda", dtype, (M, N))
-        h = torch.empty(rank, M, dtype=dtype, device="cuda")
+        h = torch.empty(M, rank, dtype=dtype, device="cuda")
         grads = []
 
         def backward() -> None:
             if fused:
                 call = torch.ops.lora_core.linear_backward
-                grads.extend(call(dy, x, W, A, B, h, gain, dtype, plan.form, 0.0, None, [True] * 3))
+                grads.extend(call(dy, x, W, A, B, h, gain, dtype, form.form, 0.0, None, [True] * 3))
             else:
-                grads.extend(products.gradients(dy, x, W, A, B, h, 0.5, dtype, wide=dtype))
+                grads.extend(linear.gradients(dy, x, W, A, B, h, 0.5, dtype, wide=dtype))
 
         second = work(backward)
         assert [(g.dtype, g.shape) for g in grads] == [(t.dtype, t.shape) for t in (x, A, B)]
-    return plan.form, first, second
+    return form.form, first, second
 
 
 @pytest.mark.parametrize(
@@ -194,10 +235,10 @@ def test_a_fused_call_is_one_operator_each_way_on_cuda(hopper, sizes, form):
 
 
 def test_the_low_rank_form_on_cuda_casts_only_the_factors(monkeypatch):
-    monkeypatch.setattr(routing, "capability", lambda device: None)
+    monkeypatch.setattr(door, "capability", lambda device: None)
     form, forward, backward = on_fake_cuda(4096, 320, 320, 4)
     assert form == "addmm"
-    assert sorted(forward.products) == ["addmm", "addmm", "addmm_"]
+    assert sorted(forward.products) == ["addmm", "addmm_", "mm"]
     assert len(backward.products) == 5
     # lora_A and lora_B down, their gradients up
     assert [k for k in forward.kernels if k in ELEMENTWISE] == ["_to_copy"] * 2
@@ -235,9 +276,9 @@ def test_a_compiled_layer_is_one_graph_without_a_second_output_buffer():
 
 
 def test_a_number_is_copied_to_the_device_once():
-    routing._copied.cache_clear()
+    door._copied.cache_clear()
     x = torch.ones(2, 4)
-    gains = [routing._tensor(0.3003, x) for _ in range(3)]
+    gains = [door._tensor(0.3003, x) for _ in range(3)]
     assert gains[0] is gains[2]
     assert gains[0].dtype is torch.float64
     assert float(gains[0]) == 0.3003
@@ -280,7 +321,7 @@ def test_the_operator_obeys_the_rules_of_operators(form):
     operands = x, torch.randn(5, 6), torch.randn(5), A, B, torch.tensor(0.5), torch.float32, form
     for dropped in ((0.0, None), (0.5, torch.tensor([3]))):
         torch.library.opcheck(torch.ops.lora_core.linear, (*operands, *dropped))
-    h = torch.randn(2, 7)
+    h = torch.randn(7, 2)
     torch.library.opcheck(
         torch.ops.lora_core.linear_backward,
         (
@@ -288,6 +329,12 @@ def test_the_operator_obeys_the_rules_of_operators(form):
             *(torch.tensor(0.5), torch.float32, form, 0.0, None, [True, False, True]),
         ),
     )
+
+
+def test_the_operator_gives_its_rows_in_the_layout_that_it_promises():
+    x, W, A, B = torch.randn(96, 160), torch.randn(9, 160), torch.randn(8, 160), torch.randn(9, 8)
+    operands = x, W, None, A, B, torch.tensor(0.5), torch.float32, "operator", 0.0, None
+    assert all(out.is_contiguous() for out in torch.ops.lora_core.linear(*operands))
 
 
 def test_the_operator_answers_in_eager_arithmetic_on_a_cpu():

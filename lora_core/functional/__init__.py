@@ -37,9 +37,7 @@ from lora_core.functional.linear import (
     fused_lora_linear,
     fused_plan,
     lora_linear,
-    lora_linear_chosen,
     lora_update,
-    shared_lora_linear,
 )
 
 __all__ = [
@@ -58,10 +56,8 @@ __all__ = [
     "lora_delta",
     "lora_embedding",
     "lora_linear",
-    "lora_linear_chosen",
     "lora_update",
     "merged_weight",
-    "shared_lora_linear",
     "stack_factors",
     "subtracted",
     "tucker_down",

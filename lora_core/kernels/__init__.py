@@ -3,8 +3,11 @@
 `functional.lora_linear` is the reference, and each form here is a claim about it.
 """
 
+from lora_core.kernels.door import route, run
 from lora_core.kernels.dropout import draw_seed, dropped
-from lora_core.kernels.planning import Plan, choose
-from lora_core.kernels.routing import route, run
+from lora_core.kernels.forms import Form, choose
+from lora_core.kernels.linear import stacked
 
-__all__ = ["Plan", "choose", "draw_seed", "dropped", "route", "run"]
+Plan = Form  # what `_layers` still calls it
+
+__all__ = ["Form", "Plan", "choose", "draw_seed", "dropped", "route", "run", "stacked"]

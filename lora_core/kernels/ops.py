@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core.kernels.forms import TRITON
+from lora_core.kernels.linear import forward, gradients
 from lora_core.kernels.norms import row_norms
-from lora_core.kernels.planning import TRITON
-from lora_core.kernels.products import differentiable_gradients, forward, gradients
 
 torch.library.define(
     "lora_core::linear",
@@ -77,7 +77,8 @@ def _forward(
     _check_shapes(x, weight, bias, lora_A, lora_B, gain)
     if not by_triton(x, form):
         operands = x, weight, bias, lora_A, lora_B, gain
-        return forward(*operands, dtype, dropout, _number(seed))
+        y, h = forward(*operands, dtype, dropout, _number(seed))
+        return y, h.contiguous()
     from lora_core.kernels.triton import launch
 
     shift = None if bias is None else bias.to(dtype)
@@ -179,14 +180,14 @@ def _shapes(
     lora_B: Tensor,
     gain: Tensor,
     dtype: torch.dtype,
-    form: str,
+    form: str,  # noqa: ARG001
     dropout: float,  # noqa: ARG001
     seed: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
     _check_shapes(x, weight, bias, lora_A, lora_B, gain)
     tokens, rank = x.shape[0], lora_A.shape[0]
-    shape = (tokens, rank) if by_triton(x, form) else (rank, tokens)
-    return x.new_empty(tokens, weight.shape[0], dtype=dtype), x.new_empty(shape, dtype=dtype)
+    y = x.new_empty(tokens, weight.shape[0], dtype=dtype)
+    return y, x.new_empty(tokens, rank, dtype=dtype)
 
 
 @torch.library.register_fake("lora_core::linear_backward")  # type: ignore[untyped-decorator]
@@ -231,7 +232,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
                 f" mask, but dropout is {dropout:g}. Call `model.eval()` or set dropout to 0."
             )
         operands = dy, x, weight, lora_A, lora_B, None, gain
-        found = differentiable_gradients(  # type: ignore[assignment]
+        found = gradients(  # type: ignore[assignment]
             *operands, dtype, dropout, _number(seed), needed=wanted, wide=x.dtype
         )
     else:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor
 
 from lora_core import functional
-from lora_core.kernels import ops, planning
+from lora_core.kernels import forms, ops
 from lora_core.kernels.triton import calls, launch
 from lora_core.kernels.triton.calls import multiply_expand, project
 
@@ -279,7 +279,7 @@ def test_a_projection_alone_is_a_product():
 @pytest.fixture
 def glued(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's operators call the kernels, as they do for CUDA tensors."""
-    monkeypatch.setattr(ops, "by_triton", lambda x, form: form in planning.TRITON)
+    monkeypatch.setattr(ops, "by_triton", lambda x, form: form in forms.TRITON)
 
 
 def operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -291,7 +291,7 @@ def operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.usefixtures("glued")
-@pytest.mark.parametrize("form", sorted(planning.TRITON))
+@pytest.mark.parametrize("form", sorted(forms.TRITON))
 @pytest.mark.parametrize("gain", [torch.tensor(-0.7), torch.tensor([0.5, 2.0, -1.0])])
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (1, 2), (0,)])
 def test_the_operators_hand_the_kernels_what_they_ask_for(form, gain, wanted):

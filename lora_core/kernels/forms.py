@@ -15,7 +15,8 @@ and the (M, K) or (M, N) sized traffic that each adds on top of the frozen layer
 
 "merge" wins where the tokens outweigh the matrix, which is what `MERGE_RATIO` says; the one-kernel
 form recomputes ``x A^T`` in every column of tiles, so it pays only while a call is bound by memory
-or by launches.
+or by launches. Whether a gradient is wanted decides nothing: a checkpoint that computes a call
+twice, without and with, is to get the same bits.
 """
 
 from typing import NamedTuple
@@ -24,18 +25,18 @@ import torch
 
 from lora_core.kernels.triton.configs import LEAST_CAPABILITY, MAX_RANK
 
-MERGE_RATIO = 8.0  # merge on the fly above this M (K + N) / (K N)
-SMALL_MATRIX = 2**14  # numbers in a matrix whose fold may cost less than one more call
+MERGE_RATIO = 4.0  # merge on the fly above this M (K + N) / (K N)
+SMALL_MATRIX = 2**14  # numbers in a matrix whose fold costs a forward less than one more call
 SMALL_FOLD = 2**17  # and multiply-adds that such a fold may take
 ONE_KERNEL_RANK = 32  # the widest rank that the one-kernel form carries along
 ONE_KERNEL_WORK = 2**33  # multiply-adds above which a call is bound by arithmetic
 
 
-class Plan(NamedTuple):
+class Form(NamedTuple):
     """The form that a call takes.
 
     Attributes:
-        form: "addmm", "merge", "triton1", "triton2" or "composed".
+        form: "addmm", "merge", "triton1", "triton2", "operator" or "composed".
         why: The reason, a phrase.
     """
 
@@ -46,13 +47,13 @@ class Plan(NamedTuple):
         return f"{self.form}: {self.why}"
 
 
-LOW_RANK = Plan("addmm", "two skinny products accumulate in place beside the frozen one")
-MERGE = Plan("merge", "many tokens over a small matrix: W + g B A in scratch is the cheaper sum")
-MERGE_SMALL = Plan("merge", "a small matrix: folding the update in is cheaper than one more call")
-PYTORCHS_DROPOUT = Plan("composed", "dropout on CUDA without a Triton kernel is PyTorch's own")
+LOW_RANK = Form("addmm", "two skinny products accumulate in place beside the frozen one")
+MERGE = Form("merge", "many tokens over a small matrix: W + g B A in scratch is the cheaper sum")
+MERGE_SMALL = Form("merge", "a small matrix: folding the update in is cheaper than one more call")
+PYTORCHS_DROPOUT = Form("composed", "dropout on CUDA without a Triton kernel is PyTorch's own")
 TRITON = frozenset(("triton1", "triton2"))
-ONE_KERNEL = Plan("triton1", "bound by memory or launches, small rank: one kernel reads x once")
-TWO_KERNELS = Plan("triton2", "bound by arithmetic or wide rank: split at the rank")
+ONE_KERNEL = Form("triton1", "bound by memory or launches, small rank: one kernel reads x once")
+TWO_KERNELS = Form("triton2", "bound by arithmetic or wide rank: split at the rank")
 
 
 def choose(
@@ -65,7 +66,7 @@ def choose(
     capability: tuple[int, int] | None = None,
     dropout: bool = False,
     per_sample: bool = False,
-) -> Plan:
+) -> Form:
     """The fastest form that is right for these sizes.
 
     Args:

@@ -1,4 +1,4 @@
-"""From a call's tensors to its plan, and from a plan to the answer."""
+"""From a call's tensors to its form, and by a form to the answer."""
 
 import functools
 import importlib.util
@@ -10,27 +10,27 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lora_core.kernels import linear
-from lora_core.kernels.planning import TRITON, Plan, choose
-from lora_core.kernels.products import Gain
+from lora_core.kernels.forms import Form, choose
+from lora_core.kernels.linear import Factor, Gain, stacked
 
-_EXPORT = Plan("composed", "torch.export and tracers get plain operations")
-_TRANSFORM = Plan(
+_EXPORT = Form("composed", "torch.export and tracers get plain operations")
+_TRANSFORM = Form(
     "composed", "a torch.func transform is active, which plain operations compose with"
 )
-_FORWARD_AD = Plan("composed", "forward-mode differentiation needs plain operations")
-_SUBCLASS = Plan("composed", "an operand is a tensor subclass, nested or not strided")
-_TRAINED = Plan(
+_FORWARD_AD = Form("composed", "forward-mode differentiation needs plain operations")
+_SUBCLASS = Form("composed", "an operand is a tensor subclass, nested or not strided")
+_TRAINED = Form(
     "composed", "the base or the gain takes a gradient, which the fused forms do not make"
 )
-_DTYPES = Plan(
+_DTYPES = Form(
     "composed", "the operands differ in dtype, or it is not a floating type of 16 bits or more"
 )
-_BATCH = Plan("composed", "the gains per sample do not fit the batch of x")
-_SHAPES = Plan("composed", "x has no features, or a size that is not known yet")
-_CACHED = Plan("composed", "selective checkpointing keeps products that must not change")
-_COMPILED = Plan("addmm", "under torch.compile the low-rank form is one graph for every size")
+_BATCH = Form("composed", "the gains per sample do not fit the batch of x")
+_SHAPES = Form("composed", "x has no features, or a size that is not known yet")
+_CACHED = Form("composed", "selective checkpointing keeps products that must not change")
+_COMPILED = Form("operator", "under torch.compile the low-rank form is one graph for every size")
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = frozenset((Tensor, nn.Parameter))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TYPICAL_TOKENS = 4096  # what a compiled graph is planned for, whatever it is called with
 _chosen = functools.lru_cache(maxsize=1024)(choose)
@@ -41,15 +41,15 @@ def route(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    lora_A: Factor,
+    lora_B: Factor,
     gain: Gain,
     dropout: float,
-) -> Plan:
-    """The plan of one call; "composed" wherever the others would be wrong or refused.
+) -> Form:
+    """The form of one call; "composed" wherever the others would be wrong or refused.
 
     Shape:
-        As for `functional.lora_linear`.
+        As for `functional.fused_lora_linear`.
     """
     compiling = torch.compiler.is_compiling()
     if compiling:
@@ -58,32 +58,36 @@ def route(
     elif torch._C._get_tracing_state() is not None:
         return _EXPORT
     elif torch._C._len_torch_dispatch_stack():
-        plan = _under_a_mode()
-        if plan is not None:
-            return plan
+        form = _under_a_mode()
+        if form is not None:
+            return form
     if torch._C._are_functorch_transforms_active():
         return _TRANSFORM
     if forward_ad._current_level >= 0:
         return _FORWARD_AD
-    for operand in (x, weight, lora_A, lora_B):
-        if type(operand) not in _PLAIN and (compiling or not _is_fake(operand)):
-            return _SUBCLASS
+    factors: tuple[Tensor, ...]
+    if isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor):
+        rank, factors = lora_A.shape[0], (lora_A, lora_B)
+    else:
+        rank, factors = sum(A.shape[0] for A in lora_A), (*lora_A, *lora_B)
+    if not _PLAIN.issuperset(map(type, (x, weight, *factors))):
+        for operand in (x, weight, *factors):
+            if type(operand) not in _PLAIN and (compiling or not _is_fake(operand)):
+                return _SUBCLASS
     if x.is_nested or x.layout is not torch.strided or weight.layout is not torch.strided:
         return _SUBCLASS
-    shape, rank = weight.shape, lora_A.shape[0]
+    shape, grad = weight.shape, torch.is_grad_enabled()
     size = shape[1]
     if x.ndim == 0 or size == 0:
         return _SHAPES
     per_sample = False
     if isinstance(gain, Tensor):
         per_sample = gain.ndim == 2
-        if gain.requires_grad and torch.is_grad_enabled():
+        if grad and gain.requires_grad:
             return _TRAINED
         if per_sample and (x.ndim < 2 or gain.shape[0] != x.shape[0]):
             return _BATCH
-    if (weight.requires_grad or (bias is not None and bias.requires_grad)) and (
-        torch.is_grad_enabled()
-    ):
+    if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _TRAINED
     dtype = x.dtype
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
@@ -95,45 +99,50 @@ def route(
         return _DTYPES
     if dtype not in _FLOATS:
         return _DTYPES
-    if not x.is_cuda:
-        if compiling:
+    if compiling:
+        if not x.is_cuda:
             return _COMPILED
-        tokens = x.numel() // size
-        if not isinstance(tokens, int) or (dropout > 0 and _is_fake(x)):
-            return _SHAPES
-        return _chosen(tokens, size, shape[0], rank, dtype, "cpu", None, dropout > 0, per_sample)
-    flags = dtype, "cuda", capability(x.device), dropout > 0, per_sample
-    if not compiling:
-        return _chosen(x.numel() // size, size, shape[0], rank, *flags)
-    # thresholds on the tokens would become guards, and every other batch another graph
-    plan = choose(_TYPICAL_TOKENS, size, shape[0], rank, *flags)
-    return _COMPILED if plan.form == "merge" else plan
+        # thresholds on the tokens would become guards, and every other batch another graph
+        flags = dtype, "cuda", capability(x.device), dropout > 0, per_sample
+        form = choose(_TYPICAL_TOKENS, size, shape[0], rank, *flags)
+        return _COMPILED if form.form in ("addmm", "merge") else form
+    tokens = x.numel() // size
+    device, able = ("cuda", capability(x.device)) if x.is_cuda else ("cpu", None)
+    if not isinstance(tokens, int) or (dropout > 0 and not x.is_cuda and _is_fake(x)):
+        return _SHAPES
+    return _chosen(tokens, size, shape[0], rank, dtype, device, able, dropout > 0, per_sample)
 
 
 def run(
-    plan: Plan,
+    form: Form,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    lora_A: Factor,
+    lora_B: Factor,
     gain: Gain,
     dropout: float,
 ) -> Tensor:
-    """The answer by a plan of `route` that is not "composed".
+    """The answer by a form of `route` that is not "composed".
 
     Shape:
-        As for `functional.lora_linear`.
+        As for `functional.fused_lora_linear`.
     """
-    dtype = computed_in(x) if torch._C._is_any_autocast_enabled() else x.dtype
-    if plan.form in TRITON or torch.compiler.is_compiling():
-        from lora_core.kernels import ops  # 10 ms that only tracers and GPUs need
-
-        operands = x, weight, bias, lora_A, lora_B, _tensor(gain, x)
-        return ops.lora_linear(*operands, dtype=dtype, form=plan.form, dropout=dropout)
-    if plan.form == "merge":
+    how = form.form
+    dtype = computed_in(x) if torch._C._is_any_autocast_enabled() else None
+    if how == "addmm":
+        return linear.low_rank(x, weight, bias, lora_A, lora_B, gain, dropout=dropout, dtype=dtype)
+    if how == "merge":
         return linear.merged(x, weight, bias, lora_A, lora_B, gain, dtype=dtype)
-    return linear.low_rank(x, weight, bias, lora_A, lora_B, gain, dropout=dropout, dtype=dtype)
+    from lora_core.kernels import ops  # 10 ms that only tracers and GPUs need
+
+    A, B = stacked(lora_A), stacked(lora_B, 1)
+    return ops.lora_linear(
+        *(x, weight, bias, A, B, _tensor(gain, x)),
+        dtype=dtype or x.dtype,
+        form=how,
+        dropout=dropout,
+    )
 
 
 def computed_in(x: Tensor) -> torch.dtype:
@@ -150,8 +159,8 @@ def _is_fake(operand: Tensor) -> bool:
     return module is not None and type(operand) is module.FakeTensor
 
 
-def _under_a_mode() -> Plan | None:
-    """What an active dispatch mode asks for, None if nothing."""
+def _under_a_mode() -> Form | None:
+    """The form that an active dispatch mode asks for, None if any will do."""
     modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
     if "ProxyTorchDispatchMode" in modes:
         return _EXPORT
