@@ -152,9 +152,15 @@ def _none(module: nn.Module | Slot, like: Tensor | None) -> dict[str, Tensor]:
 
 def _shaped(parts: dict[str, Tensor], module: nn.Module | Slot) -> dict[str, Tensor]:
     """Matrices in the shapes that the module's own factors have."""
-    if kind_of(module).name != "conv":
+    kind, weight = kind_of(module), peek(module)
+    if kind.own_layout:
+        like = parts["lora_A"]
+        rank = like.shape[0]
+        config = AdapterConfig(rank=rank, alpha=float(rank), dropout=0.0, dtype=like.dtype)
+        shapes = kind.fitting(tuple(weight.shape), config)
+        return {part: kind.laid_out(part, t, shapes[part]) for part, t in parts.items()}
+    if kind.name != "conv":
         return parts
-    weight = peek(module)
     _, size, *kernel = weight.shape
     lora_A, lora_B = parts["lora_A"], parts["lora_B"]
     return {

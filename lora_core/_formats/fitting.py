@@ -37,7 +37,7 @@ def fitted(
     """
     shape = tuple(shape)
     if layer.config is None:
-        return _whole(name, layer, shape, where)
+        return _whole(name, layer, shape, where, kind)
     if len(shape) == 1 and kind == "weight":
         shape = (1, *shape)  # a vector is a row
     if len(shape) < 2:
@@ -84,7 +84,9 @@ def fitted(
     return replace(layer, kind=kind, parts=parts)
 
 
-def _whole(name: str, layer: AdapterLayer, shape: tuple[int, ...], where: str) -> AdapterLayer:
+def _whole(
+    name: str, layer: AdapterLayer, shape: tuple[int, ...], where: str, kind: str
+) -> AdapterLayer:
     """A difference or values: ones at the end of a shape say nothing."""
     parts = dict(layer.parts)
     weight, bias = parts.get("weight"), parts.get("bias")
@@ -92,6 +94,8 @@ def _whole(name: str, layer: AdapterLayer, shape: tuple[int, ...], where: str) -
         weight = parts["weight"] = weight.reshape(shape)
     # a matrix may be stored (in, out)
     outs = {shape[:1], shape[-1:]} if len(shape) == 2 else {shape[:1]}
+    if kind and kind_named(kind).out_dim:  # the layer's own bias says how many groups there are
+        outs = {tuple(bias.shape)} if bias is not None and bias.ndim == 1 else set()
     if (weight is not None and tuple(weight.shape) != shape) or (
         bias is not None and tuple(bias.shape) not in outs
     ):

@@ -75,6 +75,7 @@ class Kind:
         rank_dims: Where `lora_A` and `lora_B` have their rank.
         own_layout: Whether its factors have a layout of this library's own, as `fitting` says;
             other programs know those of the rest.
+        out_dim: The dimension of the weight that counts outputs, of one group.
         is_matrix: Whether it adapts matrices, as the projections of attention are.
         is_batched: Whether leading dimensions of the factors are a batch of matrices.
         takes_indices: Whether an input is of indices, not of numbers.
@@ -87,6 +88,7 @@ class Kind:
     formats: tuple[str, ...] = ()
     rank_dims = (0, 1)
     own_layout = False
+    out_dim = 0
     is_matrix = True
     is_batched = False
     takes_indices = False

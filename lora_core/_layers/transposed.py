@@ -23,6 +23,7 @@ class TransposedConvKind(Kind):
     formats = ("lora_core",)
     rank_dims = (0, 0)
     own_layout = True
+    out_dim = 1
     is_matrix = False
 
     def sizes(self, host: Any) -> tuple[int, int]:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from lora_core._adapters import adapter_names, layers_with, without_base
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
-from lora_core._files.models import as_models, whole
-from lora_core._files.placing import OF_PEFT, left_out
+from lora_core._files.place import OF_PEFT, as_models, left_out, whole
 from lora_core._formats import Adapter, AdapterLayer, write
 from lora_core._formats.folding import without_first
 from lora_core._formats.peft import CONFIG, WEIGHTS

@@ -10,9 +10,15 @@ from torch import nn
 
 from lora_core._config import AdapterConfig, check_finite, check_flag, check_name, check_rank
 from lora_core._errors import ConfigError, listed
-from lora_core._files.fitting import compare_aliases, compare_base, resolve
-from lora_core._files.models import as_models, whole
-from lora_core._files.placing import is_placed, placed
+from lora_core._files.place import (
+    as_models,
+    compare_aliases,
+    compare_base,
+    is_placed,
+    matched,
+    placed,
+    whole,
+)
 from lora_core._formats import Adapter, AdapterLayer, read
 from lora_core._formats.loralib import Enabled
 from lora_core._formats.neutral import part_of
@@ -118,12 +124,12 @@ def load(
         )
     name = file.name if name is None else name
     file, notes = part_of(file, only, repr(path)), list(file.notes)
-    if not is_placed(file, models):
-        file, more = placed(file, models, path, strict=strict)
-        notes += more
     host = whole(models)
     candidates = walk(host)
-    found, missing = resolve(host, candidates, file, path, strict)
+    if not is_placed(file, models):
+        file, more = placed(file, models, candidates, path, strict=strict)
+        notes += more
+    found, missing = matched(host, candidates, file, path, strict)
     notes += [f"not in the model: {listed(missing)}"] if missing else []
     notes += compare_aliases(host, file, found, path, strict)
     if check_base and file.base:
