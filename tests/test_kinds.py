@@ -1,6 +1,7 @@
 """Every kind of layer under the laws that hold of all of them, with each setting it can have."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -473,3 +475,43 @@ def test_factors_of_another_dtype_come_back_from_a_file_in_it(kind, stored, tmp_
         assert mine.dtype is theirs.dtype is stored
         assert torch.equal(mine, theirs)
     assert torch.equal(first(bare(*inputs)), first(model(*inputs)))
+
+
+@pytest.mark.parametrize("kind", [*TRANSPOSED, "bilinear"])
+def test_the_algebra_and_checkpoint_files_know_a_kind_of_its_own_layout(kind, tmp_path):
+    model, options, inputs = built(kind)
+    bare = copy.deepcopy(model)
+    lora_core.inject(model, **options)
+    trained(model)
+    expected = first(model(*inputs))
+    lora_core.save(model, tmp_path / "a.safetensors")
+    adapter = lora_core.read(tmp_path / "a.safetensors")
+    twice = lora_core.combine([adapter, adapter], [0.5, 0.5])
+    for found in (twice, lora_core.resize(adapter, rank=2)):
+        other = copy.deepcopy(bare)
+        lora_core.load(other, found)
+        assert_close(first(other(*inputs)), expected, rtol=1e-4, atol=1e-4)
+    whole = nn.ModuleDict({"layer": bare}) if kind == "bilinear" else bare
+    moved = lora_core.adapter_of(
+        nn.ModuleDict({"layer": model}) if kind == "bilinear" else model, "default"
+    )
+    safetensors.torch.save_file(whole.state_dict(), tmp_path / "base.safetensors")
+    lora_core.merge_file(tmp_path / "base.safetensors", moved, tmp_path / "merged.safetensors")
+    merged = copy.deepcopy(whole)
+    merged.load_state_dict(safetensors.torch.load_file(tmp_path / "merged.safetensors"))
+    out = merged["layer"](*inputs) if kind == "bilinear" else merged(*inputs)
+    assert_close(first(out), expected, rtol=1e-4, atol=1e-4)
+    again = lora_core.extract(whole, merged, rank=2)
+    assert {layer.kind for layer in again.layers.values()} == {kind.rstrip("123d")}
+    lora_core.load(whole, dataclasses.replace(again, notes=()))
+    out = whole["layer"](*inputs) if kind == "bilinear" else whole(*inputs)
+    assert_close(first(out), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [*TRANSPOSED, "bilinear"])
+def test_a_kind_of_our_own_layout_is_refused_by_other_formats(kind, tmp_path):
+    model, options, _ = built(kind)
+    lora_core.inject(model, **options)
+    words = "a bilinear layer" if kind == "bilinear" else "a transposed convolution"
+    with pytest.raises(ConfigError, match=f"{words}"):
+        lora_core.save({"unet": model}, tmp_path / "a", format="peft")

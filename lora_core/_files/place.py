@@ -213,6 +213,8 @@ def _check_alone(name: str, candidate: Candidate, model: nn.Module, where: str) 
 def left_out(name: str, module: nn.Module | Slot) -> dict[str, str]:
     """What of a convolution's geometry PEFT leaves out of its update, by the layer."""
     kernel = getattr(module, "kernel_size", ())
+    if kind_of(module).own_layout:  # which PEFT has no layer for
+        return {}
     if not isinstance(kernel, tuple) or max(kernel, default=1) == 1:
         return {}
     dilated = max(getattr(module, "dilation", (1,))) > 1
