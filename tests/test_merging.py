@@ -18,11 +18,25 @@ from torch import nn
 import lora_core
 from benchmarks.measure import peak_bytes
 from lora_core import LoRALinear, MergeError, UnsupportedLayerError
-from lora_core._merging import writing
-from lora_core._merging.writing import product_of
+from lora_core._layers import LoRAMixin
+from lora_core._merging import sums
+from lora_core._merging.contact import site_of, sum_of
+from lora_core._merging.sums import Sum
 from lora_core.testing.laws import train_pretend
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def sum_on(layer: LoRAMixin) -> Sum:
+    """What a merge would write into this layer."""
+    found = sum_of(site_of(layer))
+    assert found is not None
+    return found
+
+
+def pieces_of(layer: LoRAMixin) -> list[tuple[torch.Tensor, ...]]:
+    found = sum_on(layer)
+    return list(found.pieces(sums.cuts(found.weight), found.weight))
 
 
 def net(dtype: torch.dtype = torch.float32, layers: int = 3) -> nn.Sequential:
@@ -278,8 +292,7 @@ def test_a_weight_that_is_merged_in_pieces_is_as_by_one_product(
     kind: str, dtype: torch.dtype
 ) -> None:
     model, twin = large(kind, dtype), large(kind, dtype)
-    pieces = product_of(model[0])._pieces()
-    assert len(list(pieces)) > 1 or kind == "fewer rows than a piece"
+    assert len(pieces_of(model[0])) > 1 or kind == "fewer rows than a piece"
     whole = model[0].weight.double() + model[0].lora_delta().double()
     lora_core.merge(model)
     few_ulps = 4 * torch.finfo(dtype).eps
@@ -572,8 +585,8 @@ def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(
 ) -> None:
     if pieces > 1:
         for name, value in {"_PIECE": 1, "_WHOLE": 1, "_ROWS": 2}.items():
-            monkeypatch.setattr(writing, name, value)
-    assert len(list(product_of(adapted(dtype, layers=1)[0])._pieces())) == pieces
+            monkeypatch.setattr(sums, name, value)
+    assert len(pieces_of(adapted(dtype, layers=1)[0])) == pieces
     at, hit = 0, True
     while hit:
         at += 1
@@ -592,9 +605,9 @@ def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_merge_in_place_asks_for_no_memory_once_it_writes(dtype: torch.dtype) -> None:
     model = large("linear", dtype)
-    product = product_of(model[0])
+    product = sum_on(model[0])
     room = product.room()
-    pieces = len(list(product._pieces()))
+    pieces = len(pieces_of(model[0]))
     # the products of pieces may take some of their own inside of the library that makes them
     assert peak_bytes(lambda: product.put_in(room)) == 0
     assert pieces > 1

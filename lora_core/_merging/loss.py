@@ -25,15 +25,15 @@ class Sample(NamedTuple):
 
 def some_rows(values: Tensor) -> Tensor:
     """Evenly spaced rows, a view."""
-    step = -(-values.shape[0] // _ROWS)
-    return values[::step] if step > 1 else values
+    height = values.shape[0]
+    return values[:: -(-height // _ROWS)] if height > _ROWS else values
 
 
 def some_columns(values: Tensor) -> Tensor:
     """Evenly spaced columns of a matrix; of a larger tensor, each row is flattened first."""
     matrix = values if values.ndim == 2 else values.flatten(1)
-    step = -(-matrix.shape[1] // _COLUMNS)
-    return matrix[:, ::step] if step > 1 else matrix
+    width = matrix.shape[1]
+    return matrix[:, :: -(-width // _COLUMNS)] if width > _COLUMNS else matrix
 
 
 def sampled(values: Tensor) -> Tensor:
@@ -64,8 +64,10 @@ class Losses:
     def finish(self) -> dict[str, float]:
         """The shares of all that came in, by layer."""
         groups: dict[tuple[object, ...], list[str]] = {}
-        for name, (old, new, update) in self.waiting.items():
-            shape = tuple((f.shape, f.dtype, f.device) for f in (old, new, *update))
+        for name, (old, _, update) in self.waiting.items():
+            first, last = update[0], update[-1]
+            # the new weight is of the old one's kind, and the factors of one dtype
+            shape = (old.shape, old.dtype, old.device, first.shape, last.shape, first.dtype)
             groups.setdefault(shape, []).append(name)
         found: dict[str, float] = {}
         for group in groups.values():
