@@ -1,12 +1,13 @@
 """All that a merge asks of layers and gives them; its arithmetic knows tensors alone."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_core._config import SUBTRACTED
+from lora_core._config import SUBTRACTED, AdapterConfig
 from lora_core._layers import KINDS, LoRAMixin, LoRAWeight, Merged
 from lora_core._merging.sums import HALF, WIDE, Sum
 
@@ -18,39 +19,40 @@ class Site(NamedTuple):
         layer: The layer.
         owner: The module that has the adapted Parameter.
         key: The Parameter's name there.
+        own: The Parameter, whole.
         weight: What is adapted of it: all, or some of its rows.
+        bias: The layer's bias, where an active adapter has one of its own.
+        strengths: The active adapters and their strengths.
     """
 
     layer: LoRAMixin
     owner: nn.Module
     key: str
+    own: nn.Parameter
     weight: Tensor
-
-    @property
-    def own(self) -> nn.Parameter:
-        """The adapted Parameter, whole."""
-        own = self.owner._parameters[self.key]
-        assert own is not None
-        return own
-
-    @property
-    def is_part(self) -> bool:
-        """Whether the Parameter is one that is read, and not the weight of a layer."""
-        return isinstance(self.layer, LoRAWeight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of a layer, where an active adapter has one of its own."""
-        return self.layer._parameters["bias"] if adds_to_bias(self.layer) else None
+    bias: Tensor | None
+    strengths: dict[str, float]
 
 
 def site_of(layer: LoRAMixin) -> Site | None:
-    """Where a layer's weight is; None where it is computed."""
+    """What a merge reads of a layer; None where its weight is computed."""
     owner, key = layer.lora_home()
     own = owner._parameters.get(key)
     if own is None:
         return None
-    return Site(layer, owner, key, layer.weight if isinstance(layer, LoRAWeight) else own)
+    weight = layer.weight if isinstance(layer, LoRAWeight) else own
+    (names, strengths, *_), configs, bias = layer.lora_selection, layer.lora_configs, None
+    for name in names:
+        if configs[name].bias:
+            bias = layer._parameters["bias"]
+    # no mix per sample: it was refused
+    active: dict[str, float] = dict(zip(names, strengths, strict=True))  # type: ignore[arg-type]
+    return Site(layer, owner, key, own, weight, bias, active)
+
+
+def is_part(site: Site) -> bool:
+    """Whether the Parameter is one that is read, and not the weight of a layer."""
+    return isinstance(site.layer, LoRAWeight)
 
 
 def is_moved(layer: LoRAMixin) -> bool:
@@ -65,25 +67,25 @@ def is_mixed(layer: LoRAMixin) -> bool:
     return tuple in map(type, strengths)
 
 
-def strengths_of(layer: LoRAMixin) -> dict[str, float]:
-    """The active adapters and their strengths."""
-    names, strengths, *_ = layer.lora_selection
-    return dict(zip(names, strengths, strict=True))  # type: ignore[arg-type]  # no mix per sample
-
-
-def adds_to_bias(layer: LoRAMixin) -> bool:
-    """Whether an active adapter has a bias of its own."""
-    configs = layer.lora_configs
-    return True in [configs[name].bias for name in layer.lora_selection.names]
-
-
-def factors_of(layer: LoRAMixin) -> dict[tuple[str, str], Tensor]:
-    """The tensors of the active adapters, by the adapter's name and the part's."""
-    found: dict[tuple[str, str], Tensor] = {}
-    for adapter in layer.lora_selection.names:
-        for part, factor in layer.lora_parts(adapter).items():
-            found[adapter, part] = factor
+def factors_of(site: Site) -> list[Tensor]:
+    """The tensors of the active adapters, in the order of their parts."""
+    found: list[Tensor] = []
+    layer = site.layer
+    for name in site.strengths:
+        if _is_one_product(layer.lora_configs[name]):
+            found += layer.lora_factors(name)
+        else:
+            found += layer.lora_parts(name).values()
     return found
+
+
+def adapters_of(site: Site) -> list[str]:
+    """The adapter that each of `factors_of` is of."""
+    return [name for name in site.strengths for _ in site.layer.lora_parts(name)]
+
+
+def _is_one_product(config: AdapterConfig) -> bool:
+    return not (config.dora or config.tucker or config.bias or config.init in SUBTRACTED)
 
 
 def is_linear_in_weight(layer: LoRAMixin) -> bool:
@@ -101,43 +103,48 @@ def sum_of(site: Site) -> Sum | None:
     mode forbids it.
     """
     layer, weight = site.layer, site.weight
+    for name in site.strengths:
+        if layer.lora_configs[name].dora:
+            return None
     fits = (
         type(weight) is nn.Parameter
         and weight.dtype in (*WIDE, *HALF)
         and weight.is_contiguous()
         and not weight.is_inference()  # which has no version to tell by
-        and True not in [layer.lora_configs[n].dora for n in layer.lora_selection.names]
-        and is_linear_in_weight(layer)
+        and (layer.lora_linear_in_weight or is_linear_in_weight(layer))
     )
     matrix = layer.lora_matrix(weight) if fits else None
     if matrix is None or matrix.ndim != 2:
         return None
     lora_A, lora_B, gain = _stacked(layer)
     wide = weight.dtype if weight.dtype in WIDE else torch.float32
-    if lora_A.dtype != wide:
+    if lora_A.dtype != wide or lora_B.dtype != wide:
         lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    lora_B = lora_B * (gain if gain.dtype == wide else gain.to(wide))
+    lora_B = lora_B * (gain if gain.dtype is wide else gain.to(wide))
     if matrix.is_contiguous():
         return Sum(matrix, lora_A, lora_B)
     return Sum(matrix.T, lora_B.T, lora_A.T)
 
 
-def largest_update(layer: LoRAMixin, norms: Mapping[tuple[str, str], float]) -> float | None:
-    """What no entry of the update exceeds, by the norms of its parts; None where that is unknown.
+def largest_update(site: Site, norms: Iterator[float]) -> float:
+    """What no entry of the update exceeds; infinity where that is unknown.
 
     By Cauchy-Schwarz no entry of a product of matrices exceeds the product of their norms.
+
+    Args:
+        site: Where the update goes.
+        norms: Those of `factors_of`, of which as many are taken as this site has.
     """
     total = 0.0
-    for name, strength in strengths_of(layer).items():
-        config = layer.lora_configs[name]
-        if config.dora:
-            return None
-        one = norms[name, "lora_A"] * norms[name, "lora_B"]
-        if config.tucker:
-            one *= norms[name, "lora_mid"]
-        if config.init in SUBTRACTED:
-            one += norms[name, "lora_A0"] * norms[name, "lora_B0"]
-        total += one * abs(strength * config.scale)
+    for name, strength in site.strengths.items():
+        config = site.layer.lora_configs[name]
+        if _is_one_product(config):
+            total += next(norms) * next(norms) * abs(strength * config.scale)
+            continue
+        size = {part: next(norms) for part in config.parts}
+        one = size["lora_A"] * size["lora_B"] * size.get("lora_mid", 1.0)
+        one += size.get("lora_A0", 0.0) * size.get("lora_B0", 0.0)
+        total += math.inf if config.dora else one * abs(strength * config.scale)
     return total
 
 
@@ -145,10 +152,11 @@ def _stacked(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
     names, _, gains, _ = layer.lora_selection
     if len(names) == 1:
         config, gain = layer.lora_configs[names[0]], gains[0].value
-        if not config.tucker and config.init not in SUBTRACTED and isinstance(gain, Tensor):
+        if not config.tucker and config.init not in SUBTRACTED and type(gain) is Tensor:
             lora_A, lora_B = layer.lora_factors(names[0])
-            if lora_A.dtype == lora_B.dtype:
-                return (*layer.lora_as_matrices(lora_A.detach(), lora_B.detach()), gain)
+            if lora_A.ndim == 2:
+                return lora_A, lora_B, gain
+            return (*layer.lora_as_matrices(lora_A, lora_B), gain)
     return layer.lora_stacked()
 
 
@@ -163,7 +171,7 @@ def put(
     owner, key = layer.lora_home()
     owner._parameters[key] = own
     layer.lora_put(values, bias)
-    vars(layer)["lora_merged"] = state
+    layer.__dict__["lora_merged"] = state
 
 
 def restore(layer: LoRAMixin, state: Merged) -> None:
@@ -175,4 +183,4 @@ def restore(layer: LoRAMixin, state: Merged) -> None:
             layer.lora_put(state.parameter.data, state.bias)
     else:
         layer.lora_put(state.kept, state.bias)
-    vars(layer)["lora_merged"] = None
+    layer.__dict__["lora_merged"] = None

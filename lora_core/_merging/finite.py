@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 _Key = TypeVar("_Key")
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def non_finite(
@@ -25,7 +25,8 @@ def non_finite(
     taken = dict(zip(left, norms([values[key] for key in left]), strict=True))
     found = read([*sums.values(), *taken.values()])
     # neither is finite with such a number in it; without one it may still overflow
-    odd = [k for k, total in zip([*sums, *taken], found, strict=True) if not math.isfinite(total)]
+    keys = zip([*sums, *taken], found, strict=True)
+    odd = [key for key, total in keys if not -math.inf < total < math.inf]
     return [key for key in odd if not is_finite(values[key])]
 
 
@@ -36,13 +37,15 @@ def is_finite(values: Tensor) -> bool:
 
 def norms(values: Sequence[Tensor]) -> list[Tensor]:
     """The Frobenius norm of each, in one call: there may be thousands."""
-    if all(type(v) in _PLAIN for v in values):
+    if {type(v) for v in values} <= _PLAIN:
         return list(torch._foreach_norm(list(values))) if values else []
     return [torch.linalg.vector_norm(v) for v in values]
 
 
 def read(scalars: Sequence[Tensor]) -> list[float]:
     """Their values; those of one device and dtype are read at once."""
+    if len({(scalar.device, scalar.dtype) for scalar in scalars}) == 1:
+        return cast(list[float], torch.stack(list(scalars)).tolist())
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, scalar in enumerate(scalars):
         groups.setdefault((scalar.device, scalar.dtype), []).append(i)

@@ -77,11 +77,11 @@ def tied_to_merge(
         (n, "weight"): (site.owner, site.key, site.weight) for n, site in sites.items()
     }
     for n, site in sites.items():
-        if (bias := site.bias) is not None:
-            places[n, "bias"] = (site.layer, "bias", bias)
+        if site.bias is not None:
+            places[n, "bias"] = (site.layer, "bias", site.bias)
     found = _tied(model, places)
     tied = {n: other for (n, what), other in found.items() if what == "weight"}
-    shared = {n: other for n, other in tied.items() if sites[n].is_part}
+    shared = {n: other for n, other in tied.items() if contact.is_part(sites[n])}
     shared |= {n: other for (n, what), other in found.items() if what == "bias"}
     if shared:
         names = [f"{name} (also {other})" for name, other in shared.items()]
@@ -109,33 +109,25 @@ def refuse_hollow(sites: Mapping[str, Site]) -> None:
         )
 
 
-Norms = dict[tuple[str, str], float]  # of an adapter's parts
-
-
-def check_factors(sites: Mapping[str, Site]) -> dict[str, Norms]:
-    """The norm of each layer's factors.
+def check_factors(sites: Mapping[str, Site]) -> list[float]:
+    """The norms of all factors, as `factors_of` has them.
 
     Raises:
         MergeError: If a factor is not finite: cheap, and before any large product.
     """
-    factors = {
-        (name, adapter, part): factor
-        for name, site in sites.items()
-        for (adapter, part), factor in contact.factors_of(site.layer).items()
-    }
-    totals = dict(zip(factors, read(norms(list(factors.values()))), strict=True))
-    # not so is what holds such a number, and what only overflows when it is squared
-    odd = [key for key, total in totals.items() if not total < math.inf]
-    bad = list(dict.fromkeys(f"{key[0]}.{key[1]}" for key in odd if not is_finite(factors[key])))
-    if bad:
+    factors = [factor for site in sites.values() for factor in contact.factors_of(site)]
+    totals = read(norms(factors))
+    # not below infinity is what holds such a number, and what only overflows when it is squared
+    odd = {i for i, total in enumerate(totals) if not total < math.inf}
+    odd = {i for i in odd if not is_finite(factors[i])}
+    if odd:
+        names = [f"{n}.{a}" for n, site in sites.items() for a in contact.adapters_of(site)]
+        bad = list(dict.fromkeys(name for i, name in enumerate(names) if i in odd))
         raise MergeError(
             f"An adapter must be finite to be merged, but {listed(bad)} holds NaN or infinity."
             " Nothing was changed; retrain it or load an earlier file."
         )
-    found: dict[str, Norms] = {name: {} for name in sites}
-    for (name, adapter, part), total in totals.items():
-        found[name][adapter, part] = total
-    return found
+    return totals
 
 
 def check_merged(new: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None) -> None:
@@ -178,18 +170,20 @@ _Place = tuple[nn.Module, str, Tensor]
 
 def _tied(model: nn.Module, places: Mapping[tuple[str, str], _Place]) -> dict[tuple[str, str], str]:
     """Those that share memory with another parameter or a buffer, with its name."""
-    wanted = {key: _storage(values) for key, (_, _, values) in places.items()}
+    stores = {place: _storage(values) for place, (_, _, values) in places.items()}
+    wanted = set(stores.values())
     holders: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
     for module in _modules(model):
         for held in (module._parameters, module._buffers):
             for name, p in held.items():
                 # a sparse tensor has no storage of its own to share
                 if p is not None and p.layout is torch.strided:
-                    key = (0 if p.is_meta else p.untyped_storage().data_ptr()) or id(p)
-                    holders.setdefault(key, []).append((module, name, p))
+                    store = (0 if p.is_meta else p.untyped_storage().data_ptr()) or id(p)
+                    if store in wanted:
+                        holders.setdefault(store, []).append((module, name, p))
     found = {}
     for place, (owner, own, values) in places.items():
-        for module, name, p in holders.get(wanted[place], ()):
+        for module, name, p in holders.get(stores[place], ()):
             if not (module is owner and name == own) and (p is values or _overlap(p, values)):
                 found[place] = (module, name)
     if not found:

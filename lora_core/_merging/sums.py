@@ -53,7 +53,9 @@ class Sum(NamedTuple):
             room: What `room` gave: once a piece is written, no memory is asked for.
             done: How many pieces have been written.
         """
-        for piece, up in islice(self.pieces(cuts(self.weight), self.weight), done, None):
+        # a wide sum needs no room, and so no pieces
+        rows = [len(self.weight)] if self.weight.dtype in WIDE else cuts(self.weight)
+        for piece, up in islice(self.pieces(rows, self.weight), done, None):
             add(piece, up, self.lora_A, piece, room)
 
     def pieces(self, rows: list[int], *more: Tensor) -> Iterator[tuple[Tensor, ...]]:

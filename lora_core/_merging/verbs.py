@@ -1,7 +1,7 @@
 """`merge` and `unmerge`: what they refuse, what they change, and what an interrupt leaves."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,22 @@ from lora_core._merging.contact import (
     put,
     restore,
     site_of,
-    strengths_of,
     sum_of,
 )
 from lora_core._merging.finite import norms, read
-from lora_core._merging.loss import Losses, Sample, sampled, some_columns, some_rows
+from lora_core._merging.loss import Losses, Sample, sample
 from lora_core._merging.probe import probe
 from lora_core._merging.refusals import (
-    Norms,
     check_factors,
     check_merged,
     refuse_hollow,
     tied_to_merge,
     to_merge,
 )
-from lora_core._merging.sums import Sum
 from lora_core._reports import MergeReport
 
 _TOGETHER = 2**17  # numbers whose rounding is looked at together
-_FEW = 2**12  # so many always are: thousands of tiny layers should be few operations
+_FEW = 2**14  # so many always are: thousands of tiny layers should be few operations
 _AT_ONCE = 2**20  # numbers that are written while other threads' calls wait
 
 
@@ -81,7 +78,9 @@ def merge(
     refuse_pinned("merge", layers)
     tied = tied_to_merge(model, sites, untie=untie, reversible=reversible)
     refuse_hollow(sites)
-    strengths = {name: s for layer in layers for name, s in strengths_of(layer).items()}
+    strengths: dict[str, float] = {}
+    for site in sites.values():
+        strengths |= site.strengths
     # weights made in inference mode could not be trained on after an unmerge
     with (  # in this order: leaving the first turns on what the second turns off
         torch.inference_mode(mode=False),
@@ -177,18 +176,18 @@ def _merge_reversibly(
                 old_bias = None if bias is None else layer.lora_held_bias()
                 undo.append((layer, own, held[name], old_bias, None))
                 untied = own if name in tied else None
-                state = Merged(strengths_of(layer), kept[name], None, untied, old_bias)
+                state = Merged(site.strengths, kept[name], None, untied, old_bias)
                 if name in tied:
                     layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
                 layer.lora_put(new[name], bias)
-                vars(layer)["lora_merged"] = state
+                layer.__dict__["lora_merged"] = state
         except BaseException:
             _put_back(undo)
             raise
     return loss
 
 
-def _merge_in_place(sites: Mapping[str, Site], sizes: Mapping[str, Norms]) -> dict[str, float]:
+def _merge_in_place(sites: Mapping[str, Site], sizes: Sequence[float]) -> dict[str, float]:
     _refuse_overflow(sites, sizes)
     largest = max(site.weight.numel() for site in sites.values())
     # so few that working them out takes less memory than a layer
@@ -197,7 +196,7 @@ def _merge_in_place(sites: Mapping[str, Site], sizes: Mapping[str, Norms]) -> di
         with changing(*[sites[name].layer for name in together]):
             for name in together:
                 site = sites[name]
-                state = Merged(strengths_of(site.layer), None)
+                state = Merged(site.strengths, None)
                 losses.add(name, _put_in_place(name, site, state))
     return losses.finish()
 
@@ -215,21 +214,15 @@ def _batches(sites: Mapping[str, Site]) -> list[list[str]]:
     return found
 
 
-def _refuse_overflow(sites: Mapping[str, Site], sizes: Mapping[str, Norms]) -> None:
+def _refuse_overflow(sites: Mapping[str, Site], sizes: Sequence[float]) -> None:
     """Raises where a merged value would not be finite, mostly without computing it."""
-    bounds = {
-        n: largest_update(site.layer, sizes[n])
-        for n, site in sites.items()
-        if is_linear_in_weight(site.layer)
-    }
-    weights = [sites[n].weight for n in bounds]
-    # no entry of a weight exceeds its norm
-    largest = dict(zip(bounds, read(norms(weights)), strict=True))
-    for name, site in sites.items():
-        bound = bounds.get(name)
-        limit = torch.finfo(site.weight.dtype).max / 2
-        # the norm may overflow where no number does
-        if bound is None or not (largest[name] + bound < limit or _largest(site) + bound < limit):
+    norm = iter(sizes)
+    updates = {n: largest_update(site, norm) for n, site in sites.items()}
+    # no entry of a weight exceeds its norm, which may overflow where no entry does
+    weights = read(norms([site.weight for site in sites.values()]))
+    for (name, site), largest in zip(sites.items(), weights, strict=True):
+        limit = torch.finfo(site.weight.dtype).max / 2 - updates[name]
+        if not (is_linear_in_weight(site.layer) and (largest < limit or _largest(site) < limit)):
             check_merged({name: _new_weight(name, site)[0]})  # only the sum itself can be tried
         if site.bias is not None:
             _new_bias(name, site)
@@ -246,23 +239,18 @@ def _new_weight(name: str, site: Site) -> tuple[Tensor, Tensor | None, Sample]:
     """The merged weight, not yet checked, perhaps the sum of its numbers, and a sample of it."""
     weight, made = site.weight, sum_of(site)
     if made is not None:
-        new, total = made.new()
-        if new.shape != weight.shape:
-            new = new.view(weight.shape)
-        return new, total, _sample(made, made.weight, new)
+        matrix, total = made.new()
+        new = matrix if matrix.shape == weight.shape else matrix.view(weight.shape)
+        return new, total, sample(made.weight, matrix, made.lora_B, made.lora_A)
     delta = site.layer.lora_delta()
     new = functional.merged_weight(weight, delta)
     total = new.sum()
     if not is_linear_in_weight(site.layer):
         check_merged({name: new}, {name: total})
         probe(name, site, new)
+    few = sample(weight, new, delta)
     # all the rest of the update may go
-    return new, total, Sample(sampled(weight), sampled(new), (sampled(delta).clone(),))
-
-
-def _sample(made: Sum, old: Tensor, new: Tensor) -> Sample:
-    rows, columns = some_rows(made.lora_B), some_columns(made.lora_A)
-    return Sample(sampled(old), sampled(new), (rows, columns))
+    return new, total, few._replace(update=(few.update[0].clone(),))
 
 
 def _new_bias(name: str, site: Site) -> Tensor:
@@ -280,37 +268,36 @@ def _put_in_place(name: str, site: Site, state: Merged) -> Sample:
     if made is None or site.bias is not None:
         return _copy_in_place(name, site, state)
     layer, weight, room = site.layer, made.weight, made.room()
-    before, version = _sample(made, weight, weight), weight._version
-    old = before.old.clone()
+    few, version = sample(weight, weight, made.lora_B, made.lora_A), weight._version
+    old = few.old.clone()
     try:
         made.put_in(room)
-        vars(layer)["lora_merged"] = state
+        layer.__dict__["lora_merged"] = state
     except BaseException:  # an interrupt may come between the pieces, but not amid one
         done = weight._version - version
         if done:
             made.put_in(room, done)
-            vars(layer)["lora_merged"] = state
+            layer.__dict__["lora_merged"] = state
         raise
-    first, second = before.update
-    # a view of the weight, which is the new one now
-    return Sample(old, before.new.clone(), (first.clone(), second))
+    # the other is a view of the weight, which is the new one now
+    return few._replace(old=old)
 
 
 def _copy_in_place(name: str, site: Site, state: Merged) -> Sample:
     new, total, (old, arrived, update) = _new_weight(name, site)
     check_merged({name: new}, {} if total is None else {name: total})
-    sample = Sample(old.clone(), arrived.clone(), update)
+    few = Sample(old.clone(), arrived.clone(), update)
     bias = None if site.bias is None else _new_bias(name, site)
     try:
         _overwrite(site, new, bias, state)
     except BaseException:  # finish this layer: copying is idempotent, adding would not be
         _overwrite(site, new, bias, state)
         raise
-    return sample
+    return few
 
 
 def _overwrite(site: Site, weight: Tensor, bias: Tensor | None, state: Merged) -> None:
     site.weight.copy_(weight)
     if bias is not None and site.bias is not None:
         site.bias.copy_(bias)
-    vars(site.layer)["lora_merged"] = state
+    site.layer.__dict__["lora_merged"] = state
