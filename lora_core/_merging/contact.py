@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_core._config import SUBTRACTED, AdapterConfig
-from lora_core._layers import KINDS, LoRAMixin, LoRAWeight, Merged
+from lora_core._layers import KINDS, LoRAMixin, LoRAWeight, Merged, swap
+from lora_core._merging.residue import Residue
 from lora_core._merging.sums import HALF, WIDE, Sum
 
 
@@ -160,18 +161,61 @@ def _stacked(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
     return layer.lora_stacked()
 
 
+Kept = Tensor | Residue  # what a reversible merge keeps of a weight
+
+
+def kept_by(state: Merged) -> Kept:
+    """What a reversible merge kept of the weight."""
+    assert state.kept is not None
+    return cast(Kept, state.kept)
+
+
+def merged_with(site: Site, kept: Kept, own: nn.Parameter | None, bias: Tensor | None) -> Merged:
+    """What a layer knows of a reversible merge.
+
+    Args:
+        site: The layer.
+        kept: What is kept of its weight. A layer, and whoever shows its originals, asks a
+            `Residue` for no more than `to`.
+        own: The layer's own Parameter, where it was untied.
+        bias: The bias before, where it changes.
+    """
+    return Merged(site.strengths, cast(Tensor, kept), None, own, bias)
+
+
+def set_state(layer: LoRAMixin, state: Merged | None) -> None:
+    """Lets a layer know what its weight holds, in place."""
+    layer.__dict__["lora_merged"] = state
+
+
+def commit(site: Site, values: Tensor, bias: Tensor | None, state: Merged | None) -> None:
+    """Writes a layer's values in place, and what it knows of them: all of it or nothing."""
+    version = site.own._version
+
+    def rest() -> None:
+        if bias is not None:
+            own = site.layer._parameters["bias"]
+            assert own is not None
+            swap(own, bias)
+        set_state(site.layer, state)
+
+    try:
+        site.weight.copy_(values)
+        rest()
+    except BaseException:  # an interrupt may come after the one write
+        if site.own._version != version:
+            rest()
+        raise
+
+
 def put(
-    layer: LoRAMixin,
-    own: nn.Parameter,
-    values: Tensor,
-    bias: Tensor | None,
-    state: Merged | None,
+    layer: LoRAMixin, own: nn.Parameter, values: Tensor, bias: Tensor | None, state: Merged | None
 ) -> None:
     """Gives a layer this Parameter, with these values, and this state, in place."""
     owner, key = layer.lora_home()
     owner._parameters[key] = own
     layer.lora_put(values, bias)
-    layer.__dict__["lora_merged"] = state
+    set_state(layer, state)
 
 
 def restore(layer: LoRAMixin, state: Merged) -> None:
@@ -183,4 +227,4 @@ def restore(layer: LoRAMixin, state: Merged) -> None:
             layer.lora_put(state.parameter.data, state.bias)
     else:
         layer.lora_put(state.kept, state.bias)
-    layer.__dict__["lora_merged"] = None
+    set_state(layer, None)

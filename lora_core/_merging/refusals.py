@@ -139,12 +139,12 @@ def check_merged(new: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = 
     """
     bad = non_finite(new, sums)
     if bad:
-        refuse_overflow(bad[0], new[bad[0]].dtype)
+        raise overflow(bad[0], new[bad[0]].dtype)
 
 
-def refuse_overflow(name: str, dtype: torch.dtype) -> None:
-    """Raises for a layer whose merged values are not all finite."""
-    raise MergeError(
+def overflow(name: str, dtype: torch.dtype) -> MergeError:
+    """What is raised for a layer whose merged values are not all finite."""
+    return MergeError(
         f"A merged weight must be finite, but that of {name!r} overflows"
         f" {dtype} or its base is not finite. Nothing was changed; use a"
         " smaller strength or a wider dtype."

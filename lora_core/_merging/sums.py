@@ -76,11 +76,18 @@ def add(old: Tensor, lora_B: Tensor, lora_A: Tensor, out: Tensor, room: Tensor) 
         out.copy_(total.add_(old))
 
 
-def cuts(weight: Tensor) -> list[int]:
-    """How many rows each piece has; the last one takes what is left over."""
+def cuts(weight: Tensor, numbers: int | None = None, whole: int | None = None) -> list[int]:
+    """How many rows each piece has; the last one takes what is left over.
+
+    Args:
+        weight: The matrix that is cut.
+        numbers: How many of its numbers one thread works on at a time.
+        whole: Of how many pieces don't pay.
+    """
     height, width = weight.shape
-    if weight.device.type != "cpu" or weight.numel() <= _WHOLE:
+    if weight.device.type != "cpu" or weight.numel() <= (whole or _WHOLE):
         return [height]
-    rows = max(_PIECE * torch.get_num_threads() // width // _ROWS, 1) * _ROWS
+    most = (numbers or _PIECE) * torch.get_num_threads()
+    rows = max(most // width // _ROWS, 1) * _ROWS
     full = max(height // rows - 1, 0)
     return [rows] * full + [height - rows * full]
