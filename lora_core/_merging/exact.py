@@ -85,11 +85,11 @@ def exact(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Exact | None:
     digits = min(digits, (held - spare) // 2)
     # on one device for all, so that nothing depends on how another takes powers
     A, B = (f.detach().to("cpu", torch.float64) for f in (lora_A, lora_B))
-    tops = torch.stack([A.abs().amax(1), B.abs().amax(0)])
-    of_A, of_B = torch.frexp(tops)[1].tolist()  # each is below two to this power
-    zero = (tops == 0).any(0).tolist()
-    sums = [a + b for a, b, nothing in zip(of_A, of_B, zero, strict=True) if not nothing]
-    top = max([least, *sums])
+    sizes_A, sizes_B = A.abs().amax(1).tolist(), B.abs().amax(0).tolist()
+    # each is below two to this power
+    of_A, of_B = ([math.frexp(size)[1] for size in sizes] for sizes in (sizes_A, sizes_B))
+    ranks = zip(sizes_A, sizes_B, of_A, of_B, strict=True)
+    top = max([least, *(a + b for size_A, size_B, a, b in ranks if size_A and size_B)])
     # all ranks count in the same units, so that their sum does
     exponent = top - 2 * digits
     units = [a - digits + max(top - a - b, 0) // 2 for a, b in zip(of_A, of_B, strict=True)]

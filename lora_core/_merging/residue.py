@@ -20,6 +20,7 @@ from lora_core._merging.sums import WIDE, Sum, add, cuts
 
 _PIECE = 2**16  # numbers of the weight that one thread works on at a time
 _LEAST = 2**14  # of fewer numbers a copy takes less time, and little memory
+_SAMPLE = 2**12  # numbers by which it is told how large the distances are
 _CHUNK = 128  # numbers that are looked over together for those that are far
 _FAR = 1 / 16  # of more far numbers than this share, a copy takes hardly more memory
 _FEW = 1 / 512  # so few that are far from what half a byte holds take no time
@@ -209,9 +210,8 @@ def residue_of(made: Sum, shape: torch.Size, rooms: Rooms) -> tuple[Tensor, Resi
     Raises:
         OverflowError: If a merged value is not finite.
     """
-    weight, dtype, size = made.weight, made.weight.dtype, made.weight.numel()
-    device = weight.device
-    update = exact(made.lora_A, made.lora_B, dtype)
+    weight, size = made.weight, made.weight.numel()
+    update = exact(made.lora_A, made.lora_B, weight.dtype)
     new = rooms.room("new", weight, *_kind(weight))
     if update is None:
         return new, None
@@ -219,7 +219,7 @@ def residue_of(made: Sum, shape: torch.Size, rooms: Rooms) -> tuple[Tensor, Resi
     making = _Making(update, weight, rows, rooms)
     sizes = [each * weight.shape[1] for each in rows]
     distances = rooms.room("distances", weight, _WHOLE[weight.itemsize], size)
-    codes = torch.empty(size, dtype=torch.int8, device=device)
+    codes = rooms.room("codes", weight, torch.int8, size)
     sums, packed = [], False
     pieces = zip(
         _split(weight, rows),
@@ -236,9 +236,10 @@ def residue_of(made: Sum, shape: torch.Size, rooms: Rooms) -> tuple[Tensor, Resi
         near = making.again(i, merged, making.near[: len(old)])
         torch.sub(whole, _as_whole(near), out=distance)
         code.copy_(distance)
-        if not i:  # the first piece stands for all
-            packed = size % 2 == 0 and _share(distance, _HALF_BYTE) <= _FEW
-            if not packed and _share(distance, _BYTE) > _FAR:
+        if not i:  # some numbers of the first piece stand for all
+            some = distance[:: -(-len(distance) // _SAMPLE)]
+            packed = size % 2 == 0 and _share(some, _HALF_BYTE) <= _FEW
+            if not packed and _share(some, _BYTE) > _FAR:
                 return new, None
     if not math.isfinite(torch.stack(sums).sum()) and not is_finite(new):
         raise OverflowError
@@ -249,7 +250,7 @@ def residue_of(made: Sum, shape: torch.Size, rooms: Rooms) -> tuple[Tensor, Resi
         merged=weight.detach(),
         shape=shape,
         update=update,
-        codes=_packed(codes) if packed else codes,
+        codes=_packed(codes) if packed else codes.clone(),
         places=places.to(torch.int32) if size < 2**31 else places,
         originals=_as_whole(weight)[places],
         sums=(int(_sum(new)), int(_sum(weight))),
@@ -313,7 +314,7 @@ def _as_whole(values: Tensor) -> Tensor:
 def _packed(codes: Tensor) -> Tensor:
     """The last four digits of each code, two in a byte; changes the codes."""
     low, high = codes.chunk(2)
-    return (high << 4).bitwise_or_(low.bitwise_and_(15))
+    return torch.bitwise_or(low.bitwise_and_(15), high.bitwise_left_shift_(4))
 
 
 def _unpacked(pairs: Tensor, rooms: Rooms) -> Tensor:

@@ -194,7 +194,8 @@ def _before(layer: LoRAMixin, state: Merged) -> _Before:
     """A merged layer as it is."""
     site = site_of(layer)
     assert site is not None
-    return layer, site.own, layer.lora_held(), state.bias and layer.lora_held_bias(), state
+    bias = None if state.bias is None else layer.lora_held_bias()
+    return layer, site.own, layer.lora_held(), bias, state
 
 
 def _put_back(undo: list[_Before]) -> None:
@@ -213,7 +214,7 @@ def _merge_reversibly(
         keep: Where to keep what is kept, None for where it is.
         compact: Whether to keep no copy where less will do.
     """
-    losses, done = Losses(_TOGETHER), _Compactly(keep)
+    losses, done = Losses(_TOGETHER), _Done(keep)
     try:
         if compact:
             for name, site in sites.items():
@@ -222,7 +223,8 @@ def _merge_reversibly(
                     done.merge(name, site, losses)
         left = {n: site for n, site in sites.items() if n not in done.residues}
         kept: dict[str, Kept] = {**done.residues}
-        kept |= _merge_into_copies(left, tied, keep, losses)
+        kept |= _merge_into_copies(left, tied, keep, losses, done.swapped)
+        # whoever is interrupted before this line is undone whole
     except BaseException:
         done.undo()
         raise
@@ -230,8 +232,8 @@ def _merge_reversibly(
     return {name: shares[name] for name in sites}, {name: kept[name] for name in sites}
 
 
-class _Compactly:
-    """Merges layers in place, one after the other, and can take it back.
+class _Done:
+    """What of a merge is done, to be taken back; merges layers in place, one after the other.
 
     Args:
         keep: Where to keep what is kept, None for where it is.
@@ -240,6 +242,7 @@ class _Compactly:
     def __init__(self, keep: torch.device | None) -> None:
         self.keep, self.rooms = keep, Rooms()
         self.residues: dict[str, Residue] = {}
+        self.swapped: list[_Before] = []
         self._begun: list[tuple[Site, Residue, Tensor | None]] = []
 
     def merge(self, name: str, site: Site, losses: Losses) -> None:
@@ -267,6 +270,8 @@ class _Compactly:
 
     def undo(self) -> None:
         """Gives every layer that was merged its values back."""
+        with changing(*[layer for layer, *_ in self.swapped]):
+            _put_back(self.swapped)
         for site, residue, bias in reversed(self._begun):
             if site.layer.lora_merged is not None:
                 with changing(site.layer):
@@ -297,9 +302,13 @@ def _restore_compactly(layers: Mapping[str, LoRAMixin], residues: Mapping[str, R
 
 
 def _merge_into_copies(
-    sites: Mapping[str, Site], tied: set[str], keep: torch.device | None, losses: Losses
+    sites: Mapping[str, Site],
+    tied: set[str],
+    keep: torch.device | None,
+    losses: Losses,
+    undo: list[_Before],
 ) -> dict[str, Tensor]:
-    """Gives all layers new weights or none; what they had."""
+    """Gives all layers new weights; what they had, as well as in `undo` before it is changed."""
     new, sums = {}, {}
     for name, site in sites.items():
         new[name], total, few = _new_weight(name, site)
@@ -311,21 +320,16 @@ def _merge_into_copies(
     held = {n: site.layer.lora_held() for n, site in sites.items()}
     kept = held if keep is None else {n: values.to(keep) for n, values in held.items()}
     losses.finish()
-    undo: list[_Before] = []
     with changing(*[site.layer for site in sites.values()]):
-        try:
-            for name, site in sites.items():
-                layer, own, bias = site.layer, site.own, biases.get(name)
-                old_bias = None if bias is None else layer.lora_held_bias()
-                undo.append((layer, own, held[name], old_bias, None))
-                if name in tied:
-                    layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
-                layer.lora_put(new[name], bias)
-                untied = own if name in tied else None
-                set_state(layer, merged_with(site, kept[name], untied, old_bias))
-        except BaseException:
-            _put_back(undo)
-            raise
+        for name, site in sites.items():
+            layer, own, bias = site.layer, site.own, biases.get(name)
+            old_bias = None if bias is None else layer.lora_held_bias()
+            undo.append((layer, own, held[name], old_bias, None))
+            if name in tied:
+                layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
+            layer.lora_put(new[name], bias)
+            untied = own if name in tied else None
+            set_state(layer, merged_with(site, kept[name], untied, old_bias))
     return kept
 
 
