@@ -842,3 +842,74 @@ def test_the_reported_loss_is_the_share_of_the_update_that_did_not_arrive() -> N
     share = float((asked - arrived).norm() / asked.norm())
     assert share > 0.1
     assert report.worst_loss == pytest.approx(share, rel=1e-6)
+
+
+FORMS = pytest.mark.parametrize("reversible", [True, False, "compact"])
+
+
+@FORMS
+@pytest.mark.parametrize("size", [6, 300, 900])
+@pytest.mark.parametrize("dora", [False, True])
+def test_autocast_narrows_no_merge(size: int, dora: bool, reversible: bool | str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size, size)).eval()
+    lora_core.inject(model, rank=2, targets="0", dora=dora)
+    train_pretend(model, "default")
+    twin = copy.deepcopy(model)
+    lora_core.merge(model, reversible=reversible)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lora_core.merge(twin, reversible=reversible)
+    assert_bits(twin, weights(model))
+
+
+def counted(act: Callable[[], object]) -> dict[str, int]:
+    """How many functions of Python's are called, and with those of C."""
+    seen = {"call": 0, "c_call": 0}
+
+    def count(frame: object, event: str, arg: object) -> None:
+        if event in seen:
+            seen[event] += 1
+
+    sys.setprofile(count)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return {"Python": seen["call"], "all": sum(seen.values())}
+
+
+@pytest.mark.parametrize(
+    ("reversible", "most"),
+    [(True, 79), ("compact", 85), (False, 93)],
+    ids=["copy", "compact", "no"],
+)
+def test_a_merge_of_small_layers_calls_few_functions_for_each(
+    reversible: bool | str, most: int
+) -> None:
+    layers = 500
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(layers)]).eval()
+    lora_core.inject(model, rank=4, targets=nn.Linear)
+    lora_core.merge(model)
+    lora_core.unmerge(model)
+    calls = counted(lambda: lora_core.merge(model, reversible=reversible))
+    assert calls["all"] / layers <= most
+    assert calls["Python"] / layers <= 40
+    if reversible:
+        calls = counted(lambda: lora_core.unmerge(model))
+        assert calls["all"] / layers <= 40
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_merge_in_place_is_two_passes_over_a_weight_and_few_operations_more() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(800, 800) for _ in range(20)]).eval()
+    lora_core.inject(model, rank=4, targets=nn.Linear)
+    train_pretend(model, "default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        lora_core.merge(model, reversible=False)
+    counts = {each.key: each.count for each in seen.key_averages()}
+    assert counts["aten::addmm_"] == len(model)
+    assert "aten::aminmax" not in counts
+    # the norms that bound the sum: of each weight and of its two factors
+    assert counts["aten::linalg_vector_norm"] <= 3 * len(model) + 8
+    assert "aten::add_" not in counts

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -564,10 +563,3 @@ def test_the_memory_of_a_piece_is_taken_again() -> None:
     again = rooms.room("a", like, torch.float32, 2, 3)
     assert again.data_ptr() == first_room.data_ptr()
     assert rooms.room("b", like, torch.float32, 2, 3).data_ptr() != first_room.data_ptr()
-
-
-def calls_of(act: Callable[[], object]) -> int:
-    """Operations of torch that are begun."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        act()
-    return sum(event.count for event in seen.key_averages() if event.key.startswith("aten::"))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def sum_of(site: Site) -> Sum | None:
     if lora_A.dtype != wide or lora_B.dtype != wide:
         lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
     lora_B = lora_B * (gain if gain.dtype is wide else gain.to(wide))
-    if matrix.is_contiguous():
+    if matrix is weight or matrix.is_contiguous():
         return Sum(matrix, lora_A, lora_B)
     return Sum(matrix.T, lora_B.T, lora_A.T)
 
@@ -167,7 +167,7 @@ Kept = Tensor | Residue  # what a reversible merge keeps of a weight
 def kept_by(state: Merged) -> Kept:
     """What a reversible merge kept of the weight."""
     assert state.kept is not None
-    return cast(Kept, state.kept)
+    return state.kept
 
 
 def merged_with(site: Site, kept: Kept, own: nn.Parameter | None, bias: Tensor | None) -> Merged:
@@ -180,7 +180,7 @@ def merged_with(site: Site, kept: Kept, own: nn.Parameter | None, bias: Tensor |
         own: The layer's own Parameter, where it was untied.
         bias: The bias before, where it changes.
     """
-    return Merged(site.strengths, cast(Tensor, kept), None, own, bias)
+    return Merged(site.strengths, kept, None, own, bias)  # type: ignore[arg-type]
 
 
 def set_state(layer: LoRAMixin, state: Merged | None) -> None:

@@ -76,7 +76,7 @@ class Losses:
         for group in groups.values():
             shares = _shares([self.waiting[name] for name in group]).tolist()
             found.update(zip(group, shares, strict=True))
-        self.shares.update((name, found[name]) for name in self.waiting)
+        self.shares |= {name: found[name] for name in self.waiting}
         self.waiting, self.numbers = {}, 0
         return self.shares
 

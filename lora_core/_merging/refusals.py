@@ -170,7 +170,11 @@ _Place = tuple[nn.Module, str, Tensor]
 
 def _tied(model: nn.Module, places: Mapping[tuple[str, str], _Place]) -> dict[tuple[str, str], str]:
     """Those that share memory with another parameter or a buffer, with its name."""
-    stores = {place: _storage(values) for place, (_, _, values) in places.items()}
+    # a tensor without memory is tied only to itself
+    stores = {
+        place: (0 if p.is_meta else p.untyped_storage().data_ptr()) or id(p)
+        for place, (_, _, p) in places.items()
+    }
     wanted = set(stores.values())
     holders: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
     for module in _modules(model):
@@ -202,11 +206,6 @@ def _modules(model: nn.Module) -> Iterable[nn.Module]:
             found[module] = None
             left += reversed(module._modules.values())
     return found
-
-
-def _storage(p: Tensor) -> int:
-    # a tensor without memory is tied only to itself
-    return (0 if p.is_meta else p.untyped_storage().data_ptr()) or id(p)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

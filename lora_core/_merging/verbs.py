@@ -1,7 +1,9 @@
 """`merge` and `unmerge`: what they refuse, what they change, and what an interrupt leaves."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -109,28 +111,18 @@ def merge(
     strengths: dict[str, float] = {}
     for site in sites.values():
         strengths |= site.strengths
-    # weights made in inference mode could not be trained on after an unmerge
-    with (  # in this order: leaving the first turns on what the second turns off
-        torch.inference_mode(mode=False),
-        torch.no_grad(),
-        at_rest(layers),
-    ):
+    with _plainly({site.weight.device.type for site in sites.values()}), at_rest(layers):
         sizes = check_factors(sites)
         if not reversible:
             loss = _merge_in_place(sites, sizes)
             return MergeReport(strengths, tuple(sites), reversible=False, loss=loss)
         device = None if keep is None else torch.device(keep)
-        compact = reversible == "compact"
-        loss, kept = _merge_reversibly(sites, tied, device, compact=compact)
-    copied = [name for name, each in kept.items() if isinstance(each, Tensor)]
-    return MergeReport(
-        strengths,
-        tuple(sites),
-        reversible=True,
-        loss=loss,
-        kept=sum(each.nbytes for each in kept.values()) if compact else None,
-        copied=tuple(copied) if compact else (),
-    )
+        loss, kept = _merge_reversibly(sites, tied, device, compact=reversible == "compact")
+    report = MergeReport(strengths, tuple(sites), reversible=True, loss=loss)
+    if reversible != "compact":
+        return report
+    copied = tuple(name for name, each in kept.items() if isinstance(each, Tensor))
+    return replace(report, kept=sum(each.nbytes for each in kept.values()), copied=copied)
 
 
 def unmerge(model: nn.Module) -> MergeReport:
@@ -170,7 +162,7 @@ def unmerge(model: nn.Module) -> MergeReport:
             "A merged weight must be as `merge` left it to be unmerged, but that of"
             f" {listed(broken)} was changed since. {REPAIR}"
         )
-    with torch.inference_mode(mode=False), torch.no_grad(), at_rest(layers.values()):
+    with _plainly({residue.device.type for residue in compact.values()}), at_rest(layers.values()):
         _restore_compactly(layers, compact)
         undo: list[_Before] = []
         left = {n: m for n, m in layers.items() if n not in compact}
@@ -184,6 +176,21 @@ def unmerge(model: nn.Module) -> MergeReport:
                 raise
     strengths = {name: s for state in states.values() for name, s in state.strengths.items()}
     return MergeReport(strengths, tuple(layers), reversible=True)
+
+
+@contextmanager
+def _plainly(devices: set[str]) -> Iterator[None]:
+    """Neither in inference mode nor for gradients, and no number narrower than it is.
+
+    Weights made in inference mode could not be trained on after an unmerge.
+    """
+    with ExitStack() as stack:
+        # in this order: leaving the first turns on what the second turns off
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.no_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 # what `put` takes
