@@ -128,10 +128,14 @@ def merge(
 def unmerge(model: nn.Module) -> MergeReport:
     """Hands the original weights back, bit for bit, in place.
 
+    After a compact merge they are made again, one layer at a time: an interrupt leaves each merged
+    or not, and another call does the rest.
+
     Raises:
         AdapterError: If the model has no adapter.
-        MergeError: If nothing is merged, a layer was merged with ``reversible=False``, or the
-            call stands inside ``with disabled(model)``. Nothing is changed then.
+        MergeError: If nothing is merged, a layer was merged with ``reversible=False``, the call
+            stands inside ``with disabled(model)``, or a weight that was merged compactly was
+            changed since. Nothing is changed then.
     """
     layers = {n: m for n, m in layers_with(model, None).items() if m.lora_merged is not None}
     if not layers:
