@@ -336,13 +336,17 @@ class MergeReport:
         reversible: Whether the originals are (or were) kept.
         loss: By layer, the share of the update lost to rounding: the norm of what was asked
             minus what arrived, over the norm of what was asked; 0 for an exact sum. Taken over at
-            most 16 evenly spaced rows of the weight.
+            most 16 evenly spaced rows of the weight, and 64 columns.
+        kept: Bytes that a compact merge keeps of the originals; None of any other.
+        copied: Layers of which a compact merge keeps a copy, because less would not do.
     """
 
     adapters: Mapping[str, float]
     layers: tuple[str, ...]
     reversible: bool
     loss: Mapping[str, float] = field(default_factory=dict)
+    kept: int | None = None
+    copied: tuple[str, ...] = ()
 
     @property
     def worst_loss(self) -> float:
@@ -354,6 +358,9 @@ class MergeReport:
         if not self.loss:
             return f"unmerged {names} from {len(self.layers)} layers"
         way = "originals kept" if self.reversible else "no originals kept"
+        if self.kept is not None:
+            way += f" in {self.kept:,} bytes"
+            way += f" ({len(self.copied)} layers copied)" if self.copied else ""
         return (
             f"merged {names} into {len(self.layers)} layers, {way};"
             f" rounding lost at most {self.worst_loss:.2%} of an update"

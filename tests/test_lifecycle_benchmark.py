@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lora_core
-from benchmarks import lifecycle, lives
+from benchmarks import lifecycle, lives, merging
 from benchmarks.contenders import OURS, PEFT
 from benchmarks.lives import CASES, IN_PLACE, PASS, QUICK, VERBS, Cost, Life, live, missing_package
 from benchmarks.measure import peak_bytes
@@ -116,3 +116,38 @@ def test_the_command_writes_its_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr()
     assert re.search(r"^L5 .*a quick run judges no layer$", printed.out, re.MULTILINE)
     assert "ours 1/1" in printed.err
+
+
+def test_each_form_of_a_merge_is_weighed_against_its_floor() -> None:
+    found = {}
+    for name in (merging.ADDMM, merging.PASS, *merging.FORMS):
+        done = merging.child("quick", name, torch.float32)
+        assert [len(times) for times in done["costs"].values()] == [1 + merging.WARM] * 2
+        found[name] = {"kept": done["kept"]}
+        for verb, (cold, *warm) in done["costs"].items():
+            found[name] |= {f"{verb}, cold": cold or 1e-9, f"{verb}, warm": min(warm) or 1e-9}
+    assert found["copy"]["kept"] == 1
+    assert found["no"]["kept"] == 0
+    assert 0 < found["compact"]["kept"] < 0.6
+    rows = merging.ratios(found)
+    assert rows["copy"]["over copying, cold"] == 1
+    assert rows["no"]["merge, warm"] == found["no"]["merge, warm"] / found["addmm_"]["merge, warm"]
+    assert "compact" in merging.as_text("quick", "float32", rows)
+
+
+def test_a_form_that_gives_other_weights_back_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = lora_core.unmerge
+
+    def unmerge(model: nn.Module) -> None:
+        honest(model)
+        model[0].weight.data.mul_(2)
+
+    monkeypatch.setattr(lora_core, "unmerge", unmerge)
+    with pytest.raises(ValueError, match="^'copy' must give the weights back, but gives others"):
+        merging.child("quick", "copy", torch.float32)
+
+
+def test_the_shapes_of_a_merge_are_those_of_the_unet() -> None:
+    assert len(merging.shapes("sd15")) == 128
+    assert sum(inside * outside for inside, outside in merging.shapes("sd15")) == 93_511_680
+    assert len(merging.shapes("500")) == 500

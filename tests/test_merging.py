@@ -18,12 +18,26 @@ from torch import nn
 import lora_core
 from benchmarks.measure import peak_bytes
 from lora_core import LoRALinear, MergeError, UnsupportedLayerError
-from lora_core._layers import delta_of, factors_of
-from lora_core._merging import writing
-from lora_core._merging.writing import product_of
+from lora_core._layers import LoRAMixin, delta_of, factors_of
+from lora_core._merging import sums
+from lora_core._merging.contact import site_of, sum_of
+from lora_core._merging.sums import Sum
 from lora_core.testing.laws import train_pretend
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def sum_on(layer: LoRAMixin) -> Sum:
+    """What a merge would write into this layer."""
+    with torch.no_grad():
+        found = sum_of(site_of(layer))
+    assert found is not None
+    return found
+
+
+def pieces_of(layer: LoRAMixin) -> list[tuple[torch.Tensor, ...]]:
+    found = sum_on(layer)
+    return list(found.pieces(sums.cuts(found.weight), found.weight))
 
 
 def net(dtype: torch.dtype = torch.float32, layers: int = 3) -> nn.Sequential:
@@ -279,8 +293,7 @@ def test_a_weight_that_is_merged_in_pieces_is_as_by_one_product(
     kind: str, dtype: torch.dtype
 ) -> None:
     model, twin = large(kind, dtype), large(kind, dtype)
-    pieces = product_of(model[0])._pieces()
-    assert len(list(pieces)) > 1 or kind == "fewer rows than a piece"
+    assert len(pieces_of(model[0])) > 1 or kind == "fewer rows than a piece"
     whole = model[0].weight.double() + delta_of(model[0]).double()
     lora_core.merge(model)
     few_ulps = 4 * torch.finfo(dtype).eps
@@ -573,8 +586,8 @@ def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(
 ) -> None:
     if pieces > 1:
         for name, value in {"_PIECE": 1, "_WHOLE": 1, "_ROWS": 2}.items():
-            monkeypatch.setattr(writing, name, value)
-    assert len(list(product_of(adapted(dtype, layers=1)[0])._pieces())) == pieces
+            monkeypatch.setattr(sums, name, value)
+    assert len(pieces_of(adapted(dtype, layers=1)[0])) == pieces
     at, hit = 0, True
     while hit:
         at += 1
@@ -593,11 +606,12 @@ def test_an_interrupt_of_an_in_place_merge_applies_no_layer_twice(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_merge_in_place_asks_for_no_memory_once_it_writes(dtype: torch.dtype) -> None:
     model = large("linear", dtype)
-    product = product_of(model[0])
+    product = sum_on(model[0])
     room = product.room()
-    pieces = len(list(product._pieces()))
+    pieces = len(pieces_of(model[0]))
     # the products of pieces may take some of their own inside of the library that makes them
-    assert peak_bytes(lambda: product.put_in(room)) == 0
+    with torch.no_grad():
+        assert peak_bytes(lambda: product.put_in(room)) == 0
     assert pieces > 1
 
 
@@ -607,7 +621,6 @@ import torch
 from torch import nn
 import lora_core
 from lora_core.testing.laws import train_pretend
-from lora_core._layers import change
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -616,8 +629,7 @@ random.seed(0)
 
 def look(model):
     return [
-        (n, type(m), sorted(vars(m)),
-         (getattr(m, "lora_state", None) and m.lora_state.merged) is None,
+        (n, type(m), sorted(vars(m)), getattr(m, "lora_merged", None) is None,
          [(k, p.requires_grad, 0 if "lora" in k else p.tolist()) for k, p in m._parameters.items()])
         for n, m in model.named_modules()
     ]
@@ -830,3 +842,74 @@ def test_the_reported_loss_is_the_share_of_the_update_that_did_not_arrive() -> N
     share = float((asked - arrived).norm() / asked.norm())
     assert share > 0.1
     assert report.worst_loss == pytest.approx(share, rel=1e-6)
+
+
+FORMS = pytest.mark.parametrize("reversible", [True, False, "compact"])
+
+
+@FORMS
+@pytest.mark.parametrize("size", [6, 300, 900])
+@pytest.mark.parametrize("dora", [False, True])
+def test_autocast_narrows_no_merge(size: int, dora: bool, reversible: bool | str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size, size)).eval()
+    lora_core.inject(model, rank=2, targets="0", dora=dora)
+    train_pretend(model, "default")
+    twin = copy.deepcopy(model)
+    lora_core.merge(model, reversible=reversible)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lora_core.merge(twin, reversible=reversible)
+    assert_bits(twin, weights(model))
+
+
+def counted(act: Callable[[], object]) -> dict[str, int]:
+    """How many functions of Python's are called, and with those of C."""
+    seen = {"call": 0, "c_call": 0}
+
+    def count(frame: object, event: str, arg: object) -> None:
+        if event in seen:
+            seen[event] += 1
+
+    sys.setprofile(count)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return {"Python": seen["call"], "all": sum(seen.values())}
+
+
+@pytest.mark.parametrize(
+    ("reversible", "most"),
+    [(True, 79), ("compact", 85), (False, 93)],
+    ids=["copy", "compact", "no"],
+)
+def test_a_merge_of_small_layers_calls_few_functions_for_each(
+    reversible: bool | str, most: int
+) -> None:
+    layers = 500
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(layers)]).eval()
+    lora_core.inject(model, rank=4, targets=nn.Linear)
+    lora_core.merge(model)
+    lora_core.unmerge(model)
+    calls = counted(lambda: lora_core.merge(model, reversible=reversible))
+    assert calls["all"] / layers <= most
+    assert calls["Python"] / layers <= 40
+    if reversible:
+        calls = counted(lambda: lora_core.unmerge(model))
+        assert calls["all"] / layers <= 40
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_merge_in_place_is_two_passes_over_a_weight_and_few_operations_more() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(800, 800) for _ in range(20)]).eval()
+    lora_core.inject(model, rank=4, targets=nn.Linear)
+    train_pretend(model, "default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        lora_core.merge(model, reversible=False)
+    counts = {each.key: each.count for each in seen.key_averages()}
+    assert counts["aten::addmm_"] == len(model)
+    assert "aten::aminmax" not in counts
+    # the norms that bound the sum: of each weight and of its two factors
+    assert counts["aten::linalg_vector_norm"] <= 3 * len(model) + 8
+    assert "aten::add_" not in counts

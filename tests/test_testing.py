@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_core
-from lora_core import _merging, models
-from lora_core._layers import LoRAMixin
-from lora_core._merging.writing import Product, product_of
+from lora_core import models
+from lora_core._merging import verbs
+from lora_core._merging.contact import Site, sum_of
+from lora_core._merging.sums import Sum
 from lora_core.testing import LawError, check_lora, laws
 
 
@@ -89,9 +90,9 @@ def test_a_layer_without_effect_is_named() -> None:
         check_lora(model, torch.ones(2, 4), targets=["0", "1"], rank=1)
 
 
-def broken_merge(layer: LoRAMixin) -> Product | None:
-    product = product_of(layer)
-    return product and product._replace(lora_B=2 * product.lora_B)
+def broken_merge(site: Site) -> Sum | None:
+    found = sum_of(site)
+    return found and found._replace(lora_B=2 * found.lora_B)
 
 
 def then(verb: Callable[..., object], harm: Callable[[nn.Module], object]) -> Callable[..., object]:
@@ -114,8 +115,8 @@ def nudge(p: Tensor) -> None:
     ("owner", "attribute", "broken", "said"),
     [
         (
-            _merging,
-            "product_of",
+            verbs,
+            "sum_of",
             broken_merge,
             "^law broken: merging keeps the function; layer '0'$",
         ),

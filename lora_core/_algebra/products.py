@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core._merging import checking
+from lora_core._merging import is_finite as all_finite
 
 _EXACT = 1024  # a larger matrix takes seconds to decompose whole
 _OVERSAMPLED = 16  # columns that a random subspace has beyond the rank
@@ -70,7 +70,7 @@ class Spectrum(NamedTuple):
 def is_finite(values: Tensor) -> bool:
     """Whether all values are finite, in one pass where they are."""
     # a sum is finite only of finite numbers; where it isn't, it may have overflowed
-    return math.isfinite(values.sum().item()) or checking.is_finite(values)
+    return math.isfinite(values.sum().item()) or all_finite(values)
 
 
 def terms_norm(lora_A: Tensor, lora_B: Tensor) -> float:

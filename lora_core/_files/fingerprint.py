@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lora_core._formats.bases import SAMPLES
 from lora_core._layers import LoRAMixin, LoRAWeight, Slot, peek
+from lora_core._merging import Residue
 
-_PLAIN = (Tensor, nn.Parameter)
+# what values can be read of; a residue gives those of the weight that it stands for
+_PLAIN = (Tensor, nn.Parameter, Residue)
 
 
 def fingerprint(layers: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
-from lora_core._layers.state import Change, State, change, state_of
+from lora_core._layers.state import Change, State, change, change_all, state_of
 
 _MOMENT = 1e-4  # seconds between two looks at a change that another thread makes
 _LARGEST = 2**31  # a size of a dimension stays below
@@ -89,12 +89,10 @@ def changing(*layers: nn.Module) -> Iterator[None]:
     """
     begun, over = Change(threading.get_ident()), Change()
     try:
-        for layer in layers:
-            change(layer, change=begun)
+        change_all(layers, begun)
         yield
     finally:
-        for layer in layers:
-            change(layer, change=over)
+        change_all(layers, over)
 
 
 @contextmanager

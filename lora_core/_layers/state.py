@@ -5,7 +5,7 @@ A forward reads it once and asks nothing of it that only a change can alter: a c
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -177,7 +177,7 @@ class State(NamedTuple):
         new: dict[str, Any] = {**dict(zip(self._fields, self, strict=True)), **changes}
         ordinary = new["merged"] is None and new["change"].thread is None
         new["pair"] = new["selection"].pair if ordinary else None
-        return State(**new)
+        return tuple.__new__(State, new.values())  # as `State(**new)`, in a third of the time
 
 
 def state_of(module: nn.Module) -> State | None:
@@ -214,6 +214,17 @@ def change(layer: Any, **changes: Any) -> None:
     """Gives a layer another state, in place."""
     with _LOCK:
         layer.__dict__[STATE] = layer.lora_state.having(**changes)
+
+
+def change_all(layers: Iterable[Any], to: Change) -> None:
+    """Says how the tensors of layers stand, in place."""
+    with _LOCK:
+        for layer in layers:
+            own = layer.__dict__
+            configs, slots, selection, merged, _, _ = own[STATE]
+            ordinary = merged is None and to.thread is None
+            pair = selection.pair if ordinary else None
+            own[STATE] = tuple.__new__(State, (configs, slots, selection, merged, to, pair))
 
 
 def select(

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_core._errors import MergeError, listed
-from lora_core._layers import LoRAMixin, addition, changing
-from lora_core._merging.swapping import own_weight
+from lora_core._layers import addition, changing
+from lora_core._merging.contact import Site
 
 
-def probe(name: str, layer: LoRAMixin, new: Tensor) -> None:
+def probe(name: str, site: Site, new: Tensor) -> None:
     """Raises unless the host's own forward makes of a new weight what the update adds."""
+    layer, weight = site.layer, site.own
     taken = list(inspect.signature(layer.host_class.forward).parameters.values())
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     options = [str(p) for i, p in enumerate(taken) if i > 1 or p.kind not in plain]
@@ -21,7 +22,6 @@ def probe(name: str, layer: LoRAMixin, new: Tensor) -> None:
             f" {layer.host_class.__name__} at {name!r} takes {listed(options)}, with which the"
             " update might not follow. Nothing was changed; keep this layer unmerged."
         )
-    weight = own_weight(layer)
     x = layer.lora_kind.probe(layer, torch.Generator("cpu").manual_seed(0))
     with changing(layer):
         try:

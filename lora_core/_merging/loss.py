@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _ROWS = 16
-_COLUMNS = 256
+_COLUMNS = 64
 
 
 class Sample(NamedTuple):
@@ -23,22 +23,23 @@ class Sample(NamedTuple):
     update: tuple[Tensor, ...]
 
 
-def some_rows(values: Tensor) -> Tensor:
-    """Evenly spaced rows, a view."""
-    step = -(-values.shape[0] // _ROWS)
-    return values[::step] if step > 1 else values
+def sample(old: Tensor, new: Tensor, *update: Tensor) -> Sample:
+    """Evenly spaced rows and columns of a layer, as views.
 
-
-def some_columns(values: Tensor) -> Tensor:
-    """Evenly spaced columns of a matrix; of a larger tensor, each row is flattened first."""
-    matrix = values if values.ndim == 2 else values.flatten(1)
-    step = -(-matrix.shape[1] // _COLUMNS)
-    return matrix[:, ::step] if step > 1 else matrix
-
-
-def sampled(values: Tensor) -> Tensor:
-    """Evenly spaced numbers of a weight."""
-    return some_columns(some_rows(values))
+    Args:
+        old: The weight before, a matrix or with its rows first.
+        new: The weight after, likewise.
+        update: What was to be added: of the weight's shape, or its two factors, the second first.
+    """
+    if old.ndim != 2:
+        old, new, *update = (t.flatten(1) for t in (old, new, *update))  # type: ignore[assignment]
+    height, width = old.shape
+    rows, columns = slice(None, None, -(-height // _ROWS)), slice(None, None, -(-width // _COLUMNS))
+    if height <= _ROWS and width <= _COLUMNS:
+        return Sample(old, new, update)
+    if len(update) == 1:
+        return Sample(old[rows, columns], new[rows, columns], (update[0][rows, columns],))
+    return Sample(old[rows, columns], new[rows, columns], (update[0][rows], update[1][:, columns]))
 
 
 class Losses:
@@ -56,32 +57,36 @@ class Losses:
 
     def add(self, name: str, sample: Sample) -> None:
         """Takes one layer's sample in."""
-        if self.waiting and self.numbers + sample.new.numel() > self.together:
+        numbers = sample.new.numel()
+        if self.waiting and self.numbers + numbers > self.together:
             self.finish()
         self.waiting[name] = sample
-        self.numbers += sample.new.numel()
+        self.numbers += numbers
 
     def finish(self) -> dict[str, float]:
         """The shares of all that came in, by layer."""
         groups: dict[tuple[object, ...], list[str]] = {}
-        for name, (old, new, update) in self.waiting.items():
-            shape = tuple((f.shape, f.dtype, f.device) for f in (old, new, *update))
+        for name, (old, _, update) in self.waiting.items():
+            first, last = update[0], update[-1]
+            # the new weight is of the old one's kind, and the factors of one dtype
+            kind = (old.dtype, old.device, first.dtype, first is last)
+            shape = (*kind, old.shape, first.shape, last.shape)
             groups.setdefault(shape, []).append(name)
         found: dict[str, float] = {}
         for group in groups.values():
             shares = _shares([self.waiting[name] for name in group]).tolist()
             found.update(zip(group, shares, strict=True))
-        self.shares.update((name, found[name]) for name in self.waiting)
+        self.shares |= {name: found[name] for name in self.waiting}
         self.waiting, self.numbers = {}, 0
         return self.shares
 
 
 def _shares(samples: list[Sample]) -> Tensor:
     """The norm of what did not arrive over that of what was asked, for samples of one shape."""
-    first, *second = (
-        torch.stack(c).double() for c in zip(*(s.update for s in samples), strict=True)
-    )
-    asked = first @ second[0] if second else first
+    first = torch.stack([s.update[0] for s in samples]).double()
+    asked = first
+    if len(samples[0].update) > 1:
+        asked = first @ torch.stack([s.update[1] for s in samples]).double()
     missing = torch.stack([s.new for s in samples]).double()
     missing -= torch.stack([s.old for s in samples])
     missing -= asked
