@@ -32,6 +32,7 @@ from lora_core._layers.state import (
     change,
     lock,
     select,
+    set_merged,
     state_of,
 )
 from lora_core._layers.updates import addition, bias_delta, delta_of, stacked, update_norm
@@ -101,6 +102,7 @@ __all__ = [
     "reserved_parts",
     "runs_as_torch",
     "select",
+    "set_merged",
     "sizes",
     "slots",
     "stacked",

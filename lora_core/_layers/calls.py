@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
-from lora_core._layers.state import Change, State, change, change_all, state_of
+from lora_core._layers.state import Change, State, set_changes
 
 _MOMENT = 1e-4  # seconds between two looks at a change that another thread makes
 _LARGEST = 2**31  # a size of a dimension stays below
@@ -89,10 +89,10 @@ def changing(*layers: nn.Module) -> Iterator[None]:
     """
     begun, over = Change(threading.get_ident()), Change()
     try:
-        change_all(layers, begun)
+        set_changes(layers, begun)
         yield
     finally:
-        change_all(layers, over)
+        set_changes(layers, over)
 
 
 @contextmanager
@@ -102,9 +102,10 @@ def at_rest(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            state = state_of(layer)
-            if state is not None and state.change.thread == threading.get_ident():
-                change(layer, change=Change())
+            state: State = layer.lora_state  # type: ignore[assignment]
+            thread = state.change.thread
+            if thread is not None and thread == threading.get_ident():
+                set_changes([layer], Change())
 
 
 def settled(layers: Sequence[Any], compute: Callable[[], Tensor]) -> Tensor:

@@ -216,7 +216,8 @@ class Kind:
 
     def held(self, layer: Any) -> Tensor:
         """The weight's values, to be kept: no later `put` changes them."""
-        values: Tensor = layer.weight.data
+        own: Tensor | None = layer._parameters.get("weight")
+        values: Tensor = layer.weight.data if own is None else own.data
         return values
 
     def held_bias(self, layer: Any) -> Tensor | None:
@@ -226,7 +227,8 @@ class Kind:
 
     def put(self, layer: Any, weight: Tensor, bias: Tensor | None = None) -> None:
         """Gives the weight other values, and the bias where they are given; in place."""
-        swap(layer.weight, weight)
+        own: Tensor | None = layer._parameters.get("weight")
+        swap(layer.weight if own is None else own, weight)
         if bias is not None:
             swap(layer._parameters["bias"], bias)
 

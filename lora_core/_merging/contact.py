@@ -11,10 +11,10 @@ from lora_core._config import AdapterConfig
 from lora_core._layers import (
     LoRAMixin,
     Merged,
-    change,
     factors_of,
     parts_of,
     runs_as_torch,
+    set_merged,
     stacked,
     swap,
 )
@@ -152,10 +152,13 @@ def largest_update(site: Site, norms: Iterator[float]) -> float:
 
 def _stacked(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
     names, _, _, bank, _ = layer.lora_state.selection
-    if len(names) == len(bank) == 1:
+    if not (names[1:] or bank[1:]):
         _, recipe, gain, _ = bank[0]
         if not recipe.tucker and not recipe.subtracted and type(gain) is Tensor:
-            return (*layer.lora_kind.as_matrices(*factors_of(layer, names[0])), gain)
+            lora_A, lora_B = factors_of(layer, names[0])
+            if lora_A.ndim == 2 and lora_B.ndim == 2 and not layer.lora_kind.own_layout:
+                return lora_A, lora_B, gain
+            return (*layer.lora_kind.as_matrices(lora_A, lora_B), gain)
     return stacked(layer)
 
 
@@ -181,11 +184,6 @@ def merged_with(site: Site, kept: Kept, own: nn.Parameter | None, bias: Tensor |
     return Merged(site.strengths, kept, None, own, bias)  # type: ignore[arg-type]
 
 
-def set_state(layer: LoRAMixin, state: Merged | None) -> None:
-    """Lets a layer know what its weight holds, in place."""
-    change(layer, merged=state)
-
-
 def commit(site: Site, values: Tensor, bias: Tensor | None, state: Merged | None) -> None:
     """Writes a layer's values in place, and what it knows of them: all of it or nothing."""
     version = site.own._version
@@ -195,7 +193,7 @@ def commit(site: Site, values: Tensor, bias: Tensor | None, state: Merged | None
             own = site.layer._parameters["bias"]
             assert own is not None
             swap(own, bias)
-        set_state(site.layer, state)
+        set_merged(site.layer, state)
 
     try:
         site.weight.copy_(values)
@@ -213,7 +211,7 @@ def put(
     owner, key = layer.lora_kind.home(layer)
     owner._parameters[key] = own
     layer.lora_kind.put(layer, values, bias)
-    set_state(layer, state)
+    set_merged(layer, state)
 
 
 def restore(layer: LoRAMixin, state: Merged) -> None:
@@ -225,4 +223,4 @@ def restore(layer: LoRAMixin, state: Merged) -> None:
             layer.lora_kind.put(layer, state.parameter.data, state.bias)
     else:
         layer.lora_kind.put(layer, state.kept, state.bias)
-    set_state(layer, None)
+    set_merged(layer, None)

@@ -21,6 +21,7 @@ from lora_core._layers import (
     delta_of,
     refuse_pinned,
     runs_as_torch,
+    set_merged,
 )
 from lora_core._merging.contact import (
     Kept,
@@ -32,7 +33,6 @@ from lora_core._merging.contact import (
     merged_with,
     put,
     restore,
-    set_state,
     site_of,
     sum_of,
 )
@@ -317,7 +317,7 @@ def _restore_compactly(layers: Mapping[str, LoRAMixin], residues: Mapping[str, R
                 commit(site, values, bias, None)
             else:  # the model was moved, and has a merged weight of its own
                 layer.lora_kind.put(layer, values.clone(), bias)
-                set_state(layer, None)
+                set_merged(layer, None)
 
 
 def _merge_into_copies(
@@ -336,7 +336,10 @@ def _merge_into_copies(
         losses.add(name, few)
     check_merged(new, sums)
     biases = {n: _new_bias(n, site) for n, site in sites.items() if site.bias is not None}
-    held = {n: site.layer.lora_kind.held(site.layer) for n, site in sites.items()}
+    held = {  # a part's is a copy, of whoever reads the whole
+        n: site.own.data if site.weight is site.own else site.layer.lora_kind.held(site.layer)
+        for n, site in sites.items()
+    }
     kept = held if keep is None else {n: values.to(keep) for n, values in held.items()}
     losses.finish()
     with changing(*[site.layer for site in sites.values()]):
@@ -348,7 +351,7 @@ def _merge_into_copies(
                 layer._parameters["weight"] = nn.Parameter(own.data, own.requires_grad)
             layer.lora_kind.put(layer, new[name], bias)
             untied = own if name in tied else None
-            set_state(layer, merged_with(site, kept[name], untied, old_bias))
+            set_merged(layer, merged_with(site, kept[name], untied, old_bias))
     return kept
 
 
@@ -437,12 +440,12 @@ def _put_in_place(name: str, site: Site, state: Merged) -> Sample:
     old = few.old.clone()
     try:
         made.put_in(room)
-        set_state(layer, state)
+        set_merged(layer, state)
     except BaseException:  # an interrupt may come between the pieces, but not amid one
         done = weight._version - version
         if done:
             made.put_in(room, done)
-            set_state(layer, state)
+            set_merged(layer, state)
         raise
     # the other is a view of the weight, which is the new one now
     return few._replace(old=old)
@@ -465,4 +468,4 @@ def _overwrite(site: Site, weight: Tensor, bias: Tensor | None, state: Merged) -
     site.weight.copy_(weight)
     if bias is not None and site.bias is not None:
         site.bias.copy_(bias)
-    set_state(site.layer, state)
+    set_merged(site.layer, state)
