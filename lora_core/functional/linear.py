@@ -49,6 +49,7 @@ def lora_linear(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1.
 
     Example:
+        >>> import torch
         >>> x, W, A, B = torch.ones(7, 3), torch.ones(5, 3), torch.ones(2, 3), torch.zeros(5, 2)
         >>> lora_linear(x, W, None, A, B).shape
         torch.Size([7, 5])
@@ -103,6 +104,7 @@ def fused_lora_linear(
         for all or one for each of their ranks: stacked inside, and no stack is kept.
 
     Example:
+        >>> import torch
         >>> x, W, A, B = torch.ones(7, 3), torch.ones(5, 3), torch.ones(2, 3), torch.zeros(5, 2)
         >>> fused_lora_linear(x, W, None, A, B).shape
         torch.Size([7, 5])
@@ -129,6 +131,7 @@ def fused_plan(
     """The form that `fused_lora_linear` takes for these arguments, and why.
 
     Example:
+        >>> import torch
         >>> x, W = torch.ones(7, 300), torch.ones(500, 300)
         >>> print(fused_plan(x, W, None, torch.ones(2, 300), torch.ones(500, 2)))
         addmm: two skinny products accumulate in place beside the frozen one
