@@ -11,12 +11,12 @@ from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import LoRAMixin
 from lora_core._layers.updates import active
 from lora_core._layers.weight import WeightReader
-from lora_core.kernels import Plan
+from lora_core.kernels import Form
 
 _HIDDEN = "the adapters are merged into the weight, and `disabled` shows the base"
 
 
-def explain(layer: nn.Module, x: Tensor) -> Plan:
+def explain(layer: nn.Module, x: Tensor) -> Form:
     """The form that ``layer(x)`` takes now, and why; computes nothing.
 
     Forms: "addmm", "merge", "triton1", "triton2" and "composed" as in
@@ -56,17 +56,17 @@ def explain(layer: nn.Module, x: Tensor) -> Plan:
         found, merged = active(layer, x), layer.lora_state.merged
     if merged is not None:
         hidden = merged.merged is not None
-        return Plan("frozen", _HIDDEN if hidden else "the adapters are merged into the weight")
+        return Form("frozen", _HIDDEN if hidden else "the adapters are merged into the weight")
     if not found.updates:
-        return Plan("frozen", "no adapter is active")
+        return Form("frozen", "no adapter is active")
     if layer.lora_kind.is_read:
-        return Plan("composed", "the parameter reads as its value plus the update")
+        return Form("composed", "the parameter reads as its value plus the update")
     if not isinstance(layer, LoRALinear):
-        return Plan("composed", "the host's own forward makes the base, the update is added")
+        return Form("composed", "the host's own forward makes the base, the update is added")
     if len(found.updates) > 1:
-        return Plan("composed", "the active adapters differ in dropout: each is a sum of its own")
+        return Form("composed", "the active adapters differ in dropout: each is a sum of its own")
     if not found.is_one_update:
-        return Plan("composed", "an adapter has a magnitude or a bias beside its two factors")
+        return Form("composed", "an adapter has a magnitude or a bias beside its two factors")
     lora_A, lora_B, gain, dropout = found.updates[0]
     return functional.fused_plan(x, layer.weight, layer.bias, lora_A, lora_B, gain, dropout=dropout)
 

@@ -61,7 +61,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
         try:
             if is_ordinary(input) and (pair := (state := self.lora_state).pair) is not None:
-                own, (lora_A, lora_B, gain, p) = self._parameters, pair.read(self)
+                own, (lora_A, lora_B, gain, p) = self._parameters, pair.row(self)
                 W: Any = own["weight"]
                 out = fused_lora_linear(input, W, own["bias"], lora_A, lora_B, gain, dropout=p)
                 if self.lora_state.change is state.change:

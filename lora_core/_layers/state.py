@@ -61,8 +61,12 @@ class Pair(NamedTuple):
         Raises:
             KeyError: If one is no longer there.
         """
+        return Update(*self.row(layer))
+
+    def row(self, layer: nn.Module) -> tuple[Tensor, Tensor, float, float]:
+        """The same, where adapters may stand in a row: a fused form stacks them itself."""
         own: Any = layer._parameters
-        return Update(own[self.down], own[self.up], self.gain, self.dropout * layer.training)
+        return own[self.down], own[self.up], self.gain, self.dropout * layer.training
 
 
 class Stack(NamedTuple):
@@ -88,10 +92,17 @@ class Stack(NamedTuple):
         Raises:
             KeyError: If one is no longer there.
         """
+        down, up, gain, dropout = self.row(layer)
+        lora_A, lora_B = torch.cat(down, self.rank_dims[0]), torch.cat(up, self.rank_dims[1])
+        return Update(lora_A, lora_B, gain, dropout)
+
+    def row(
+        self, layer: nn.Module
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | float, float]:
+        """The same, with the adapters in a row: a fused form stacks them itself."""
         own: Any = layer._parameters
-        lora_A = torch.cat([own[name] for name in self.down], self.rank_dims[0])
-        lora_B = torch.cat([own[name] for name in self.up], self.rank_dims[1])
-        return Update(lora_A, lora_B, self.gain, self.dropout * layer.training)
+        down, up = tuple([own[name] for name in self.down]), tuple([own[name] for name in self.up])
+        return down, up, self.gain, self.dropout * layer.training
 
 
 class Selection(NamedTuple):

@@ -8,6 +8,5 @@ from lora_core.kernels.dropout import draw_seed, dropped
 from lora_core.kernels.forms import Form, choose
 from lora_core.kernels.linear import stacked
 
-Plan = Form  # what `_layers` still calls it
 
-__all__ = ["Form", "Plan", "choose", "draw_seed", "dropped", "route", "run", "stacked"]
+__all__ = ["Form", "choose", "draw_seed", "dropped", "route", "run", "stacked"]
