@@ -60,11 +60,7 @@ def norm_of(
 ) -> Tensor:
     """The rows' norms of ``matrix + gain * lora_B @ lora_A``, a constant to autograd."""
     return _known(
-        layer,
-        name,
-        _keys(layer, name),
-        gain,
-        lambda: functional.dora_norm(matrix, lora_A, lora_B, gain),
+        layer, name, name, gain, lambda: functional.dora_norm(matrix, lora_A, lora_B, gain)
     )
 
 
@@ -92,7 +88,7 @@ def column_norm_of(
         found: Tensor = torch.linalg.vector_norm(wide, dim=[d for d in range(wide.ndim) if d != 1])
         return found
 
-    return _known(layer, f".{name}", _keys(layer, name), gain, norms)
+    return _known(layer, f".{name}", name, gain, norms)
 
 
 def forget(layer: nn.Module, name: str) -> None:
@@ -112,32 +108,35 @@ def length_of(layer: nn.Module, matrix: Tensor) -> Tensor:
         rank_0 = none.view(0, matrix.shape[1]), none.view(matrix.shape[0], 0)
         return functional.dora_norm(matrix, *rank_0)
 
-    return _known(layer, "", ("weight",), 1.0, make)
+    return _known(layer, "", "", 1.0, make)
 
 
 def _known(
     layer: nn.Module,
+    what: str,
     name: str,
-    keys: Sequence[str],
     gain: Tensor | float,
     make: Callable[[], Tensor],
 ) -> Tensor:
+    """What `make` gives, or gave for the same tensors; `what` it is, of adapter `name`."""
     traced = (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
-    sources = [] if traced else [p for p in map(layer._parameters.get, keys) if _is_watched(p)]
-    if len(sources) < len(keys) or isinstance(gain, Tensor):
+    # a graph must not guard on the settings, which the next file replaces by equal ones
+    keys = () if traced else _keys(layer, name)
+    sources = [p for p in map(layer._parameters.get, keys) if _is_watched(p)]
+    if traced or len(sources) < len(keys) or isinstance(gain, Tensor):
         with torch.no_grad():
             return make().detach()
     held = _KNOWN.setdefault(layer, {})
-    found = held.get(name)
+    found = held.get(what)
     if found is None or not found.holds(sources, gain):
         # made in inference mode it could not be trained with
         with torch.inference_mode(mode=False), torch.no_grad():
-            found = held[name] = _Known(sources, gain, make().detach())
+            found = held[what] = _Known(sources, gain, make().detach())
     return found.value
 
 

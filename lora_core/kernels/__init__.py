@@ -8,5 +8,4 @@ from lora_core.kernels.dropout import draw_seed, dropped
 from lora_core.kernels.forms import Form, choose
 from lora_core.kernels.linear import stacked
 
-
 __all__ = ["Form", "choose", "draw_seed", "dropped", "route", "run", "stacked"]
