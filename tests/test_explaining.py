@@ -54,6 +54,14 @@ def taken(monkeypatch) -> Callable[[nn.Module, Tensor], tuple[str, Tensor]]:
     return call
 
 
+class Raw(nn.Module):
+    """A module with a parameter that is read, and no kind of layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 3, 4))
+
+
 def adapted(host: nn.Module, *, trained: bool = True, **settings: Any) -> Any:
     """The layer itself, adapted where it is the whole of a model."""
     targets = settings.pop("targets", [type(host)])
@@ -111,7 +119,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], str]] = {
         "composed",
     ),
     "a raw parameter": (
-        lambda: adapted(nn.Bilinear(3, 4, 5), targets="weight"),
+        lambda: adapted(Raw(), targets="weight"),
         lambda: normal(5, 3, 4),
         "composed",
     ),

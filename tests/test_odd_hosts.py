@@ -360,17 +360,25 @@ def test_a_list_that_only_points_at_the_model_or_its_parts_hides_nothing():
     assert plan(model[1], targets="*").left_out.keys() == {"peers.0"}
 
 
+class Mixer(nn.Module):
+    """A matrix and a bias of a module that is no kind of layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+
 @pytest.mark.parametrize(
     ("model", "target"),
     [
-        (lambda: nn.ConvTranspose1d(3, 4, 2), nn.ConvTranspose1d),
-        (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 2)), "0"),
-        (lambda: nn.Sequential(nn.Bilinear(3, 4, 5)), "0"),
+        (Mixer, Mixer),
+        (lambda: nn.Sequential(Mixer()), "0"),
+        (lambda: nn.Sequential(Pairs(3, 4, 5)), "0"),
         (lambda: nn.Sequential(nn.MultiheadAttention(6, 2)), "0"),
         (lambda: nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6))}), "a"),
         (lambda: nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6))}), nn.ModuleDict),
     ],
-    ids=["root", "transposed", "bilinear", "attention", "container", "root container"],
+    ids=["root", "mixer", "pairs", "attention", "container", "root container"],
 )
 def test_what_an_error_says_to_write_is_a_target(model, target):
     with pytest.raises(UnsupportedLayerError, match="matches only ") as refused:
@@ -410,11 +418,36 @@ ROOTS: dict[str, tuple[Make, Callable[[], Tensor]]] = {
 }
 
 
-class Pairs(nn.Bilinear):
-    """Takes both of its inputs side by side."""
+class Pairs(nn.Module):
+    """Takes both of its inputs side by side, and is no kind of layer."""
+
+    def __init__(self, first: int, second: int, out: int) -> None:
+        super().__init__()
+        self.first = first
+        self.weight = nn.Parameter(torch.randn(out, first, second))
+        self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x[:, : self.first], x[:, self.first :]
+        return nn.functional.bilinear(*inputs, self.weight, self.bias)
+
+
+class Joined(nn.Bilinear):
+    """A subclass that takes both of its inputs side by side."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x[:, : self.in1_features], x[:, self.in1_features :])
+
+
+def test_a_bilinear_layer_that_is_called_with_one_input_is_an_error():
+    layer = Joined(3, 4, 5)
+    inject(layer, rank=2, targets=Joined)
+    message = (
+        "An adapted bilinear layer must be called with two inputs, but Joined is called with one."
+        " Eject the adapter from this layer."
+    )
+    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(message)}$"):
+        layer(torch.randn(2, 7))
 
 
 @pytest.mark.parametrize("kind", ROOTS)

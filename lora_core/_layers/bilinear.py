@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._config import AdapterConfig
+from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.kind import KINDS, NAMED, Kind, Shape, Update, peek
 
 
@@ -58,8 +59,14 @@ class BilinearKind(Kind):
         """The rows as matrices."""
         return dense.view(weight.shape)
 
-    def update(self, layer: Any, x: Tensor, update: Update, *more: Any) -> Tensor:  # noqa: ARG002
+    def update(self, layer: Any, x: Tensor, update: Update, *more: Any) -> Tensor:
         """The low-rank update of two inputs, of which the first is dropped out."""
+        if not more:
+            raise UnsupportedLayerError(
+                "An adapted bilinear layer must be called with two inputs, but"
+                f" {layer.host_class.__name__} is called with one. Eject the adapter from this"
+                " layer."
+            )
         lora_A, lora_B, gain, dropout = update
         return functional.bilinear_update(x, more[0], lora_A, lora_B, gain, dropout=dropout)
 
