@@ -1202,7 +1202,7 @@ def test_what_is_called_with_something_else_first_says_so():
 
 def test_a_host_with_an_attribute_of_our_name_is_refused():
     model = nn.Sequential(nn.Linear(6, 6))
-    model[0].lora_state.configs = {}
+    model[0].lora_state = {}
     with pytest.raises(UnsupportedLayerError, match=r"must leave names that begin with 'lora_'"):
         inject(model, rank=2, targets="0")
     assert type(model[0]) is nn.Linear
