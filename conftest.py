@@ -18,15 +18,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
+@pytest.fixture(scope="session")
+def _folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Working folders, the last one empty."""
+    return [tmp_path_factory.mktemp("cwd")]
+
+
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def empty_folder(_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The working folder of every test and example, so that none meets the user's files."""
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("cwd")
-    os.chdir(folder)
-    yield folder
+    before = Path.cwd()
+    os.chdir(_folders[-1])
+    yield _folders[-1]
     os.chdir(before)
-    if not any(folder.iterdir()):  # few leave something, and thousands of folders are slow to list
-        folder.rmdir()
+    if any(_folders[-1].iterdir()):
+        _folders.append(tmp_path_factory.mktemp("cwd"))
 
 
 # a block of a page asks for no fixture, not even one that every test has

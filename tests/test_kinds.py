@@ -97,7 +97,7 @@ def first(out: Any) -> Tensor:
 
 
 def built(kind: str) -> tuple[nn.Module, dict[str, Any], tuple[Tensor, ...]]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     make, options, inputs = ZOO[kind]
     return make().eval(), {"rank": 2, **options}, inputs()
 
