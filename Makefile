@@ -4,10 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test slow fuzz interop kernels check check-rest format lint types contracts coverage bench bench-smoke clean
+# one process per core, each of half a gigabyte; the examples of a page and the fixtures of a module stay in one of them
+TEST := $(BIN)/python -m pytest
+EVERY_CORE := --numprocesses logical --maxprocesses 8 --dist loadfile
+# the tests that compare bits of what torch computed, by the kernels that it chose
+BITS = tests/laws $(filter-out $(patsubst %,tests/test_%.py,cli% formats% guarding imports injection safety targets), \
+	$(shell grep -lE 'torch\.equal|same_bits|assert_bits' tests/test_*.py))
+
+.PHONY: help demo test slow avx2 fuzz interop kernels check format lint types contracts coverage bench bench-smoke clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # torch comes first and by itself: a range would let pip choose a build of several gigabytes
 $(VENV)/.torch: constraints.txt
@@ -25,23 +32,24 @@ demo: $(VENV)/.demo  ## teach the shipped digit model a style and draw it, in lo
 	$(BIN)/python -m lora_core demo --force
 
 test: $(VENV)/.test  ## the tests but the slow ones, doctests of docstrings and Markdown included
-	$(BIN)/python -m coverage run -m pytest -m "not slow"
+	$(TEST) $(EVERY_CORE) -m "not slow"
 
 slow: $(VENV)/.test  ## the tests that take seconds each: processes, kills, benchmarks, the demo
-	$(BIN)/python -m coverage run -m pytest -m slow
+	$(TEST) $(EVERY_CORE) -m slow
+
+avx2: $(VENV)/.test  ## the tests that compare bits, as on a processor without AVX-512
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(TEST) $(EVERY_CORE) -m "not slow" $(BITS)
 
 fuzz: $(VENV)/.test  ## 20,000 damaged files, each loaded whole or refused whole; takes minutes
 	$(BIN)/python -m tests.fuzz --files 20000 --minutes 10
 
 interop: $(VENV)/.test $(VENV)/.interop  ## the tests against real models of other libraries
-	$(BIN)/python -m pytest tests/interop
+	$(TEST) $(EVERY_CORE) tests/interop
 
 kernels: $(VENV)/.test $(VENV)/.kernels  ## the GPU kernels, interpreted and compiled; needs no GPU
-	$(BIN)/python -m pytest tests/kernels
+	$(TEST) tests/kernels
 
-check: test check-rest  ## everything that must hold before a change lands
-
-check-rest: slow format lint types contracts kernels coverage bench-smoke interop  ## what `check` does after the tests
+check: format lint types contracts coverage avx2 kernels bench-smoke interop  ## everything that must hold before a change lands
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -55,7 +63,9 @@ types: $(VENV)/.dev
 contracts: $(VENV)/.dev
 	$(BIN)/lint-imports
 
-coverage: $(VENV)/.dev  ## branch coverage of the last `make test`
+coverage: $(VENV)/.test  ## all the tests, the slow ones too, under branch coverage
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(EVERY_CORE)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

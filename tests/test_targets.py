@@ -378,7 +378,8 @@ MODEL = ("down.0.attn.to_q", "down.0.attn.to_out.0", "down.1.attn.to_q", "mid.to
         (["head", re.compile("mid.*")], ["mid.to_q_extra", "head"]),
         (("head", "head"), ["head"]),
     ],
-    ids=str,
+    # a function's own text has an address in it, which each worker process would see otherwise
+    ids=lambda value: str(getattr(value, "__qualname__", value)),
 )
 def test_patterns_mean_what_they_say(pattern, expected):
     if callable(pattern) and not isinstance(pattern, type):

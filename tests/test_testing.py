@@ -251,6 +251,7 @@ def test_a_model_that_is_not_finite_by_itself_is_refused_before_any_law() -> Non
             check_lora(broken, ones, targets="0", rank=1)
 
 
+@pytest.mark.slow
 def test_a_scratch_project_uses_the_fixtures_and_laws(tmp_path: Path) -> None:
     (tmp_path / "test_scratch.py").write_text(
         textwrap.dedent(
