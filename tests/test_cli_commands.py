@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 import lora_core
 from lora_core import _cli
-from lora_core._algebra.layers import scaled
-from lora_core._algebra.methods import METHODS
-from lora_core._cli import arguments
+from lora_core._algebra.combination import METHODS
+from lora_core._algebra.comparison import compare, difference_of
+from lora_core._algebra.factors import scaled
+from lora_core._cli import arguments, parser
 from lora_core._cli.answers import Answer, show, visible
-from lora_core._cli.comparing import compare, difference_of
-from lora_core._cli.parsing import parser
 from lora_core._cli.progress import Results, progress
 from lora_core._config import AdapterConfig
 from lora_core._errors import MismatchError

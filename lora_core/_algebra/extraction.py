@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lora_core._adapters import clean
 from lora_core._algebra.checkpoints import DTYPES, open_checkpoint
-from lora_core._algebra.layers import check_limit, check_result, check_seed, cut, unheard
-from lora_core._algebra.locating import Place, place_of
-from lora_core._algebra.products import Limit, dense_spectrum, is_finite, subspace_rank
+from lora_core._algebra.factors import check_result, check_seed
+from lora_core._algebra.places import Place, place_of
+from lora_core._algebra.ranks import Limit, check_limit, cut, subspace_rank, unheard
 from lora_core._algebra.results import Teller, Told
+from lora_core._algebra.spectrum import dense_spectrum, is_finite
 from lora_core._config import AdapterConfig, check_dtype, check_name
 from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
@@ -200,7 +201,7 @@ def _side(what: str, model: Model) -> _Side:
         file = open_checkpoint(model)
         entries = file.entries
         floating = frozenset(name for name, entry in entries.items() if entry.dtype in DTYPES)
-        return _Side({name: entry.shape for name, entry in entries.items()}, floating, file.read)
+        return _Side(file.shapes, floating, file.read)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"`{what}` must be an nn.Module or the path of a checkpoint, but is"

@@ -60,9 +60,8 @@ def add(commands: "Commands") -> None:
 
 
 def _run(args: argparse.Namespace) -> Answer:
-    from lora_core import plan
-    from lora_core._cli.bases import open_bases
-    from lora_core._cli.skeletons import kinds_of, skeleton
+    from lora_core._cli.headers import kinds_of, open_bases, skeleton
+    from lora_core._injection import plan
 
     model = skeleton(open_bases(args.base))
     kinds: dict[str, int] = {}

@@ -84,6 +84,20 @@ def bias_of(tensor: str) -> str:
     return f"{tensor.removesuffix('weight')}bias"
 
 
+def hosts_of(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Host]:
+    """What a checkpoint's tensors are the weights of: modules, or parameters that are read."""
+    for name, shape in shapes.items():
+        owner, _, last = name.rpartition(".")
+        if last == "weight":
+            yield Host(owner, "", shape)
+        elif len(shape) > 1:
+            yield Host(name, "weight", shape)
+        if last == _PACKED:
+            for part, label in enumerate(PROJECTIONS):
+                path = f"{owner}.{label}".lstrip(".")
+                yield Host(path, "weight", Place(name, part).shape(shape))
+
+
 def located(
     adapter: Adapter, checkpoint: Checkpoint, transposed: bool | None
 ) -> dict[str, Located]:
@@ -175,7 +189,7 @@ def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
     paths = {n: own[n] for n, x in layers.items() if x.spelling == "dotted"}
     paths = {n: path for n, path in paths.items() if place_of(path, entries)}
     rest = {name: layer for name, layer in layers.items() if name not in paths}
-    found = resolve(rest, {"": list(_hosts(entries))}, adapter.name) if rest else None
+    found = resolve(rest, {"": list(hosts_of(checkpoint.shapes))}, adapter.name) if rest else None
     if found is not None:
         paths |= {name: path for name, (_, path) in found.found.items()}
     missing = [name for name in layers if name not in paths]
@@ -194,17 +208,6 @@ def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
             f" {len(has)}: {listed(has)}. {hint}"
         )
     return {name: paths[name] for name in layers}
-
-
-def _hosts(entries: Mapping[str, Entry]) -> Iterator[Host]:
-    """What the checkpoint's tensors are the weights of."""
-    for name, entry in entries.items():
-        if len(entry.shape) > 1 or (entry.shape and name.endswith(".weight")):
-            yield Host(name.removesuffix(".weight"), "", entry.shape)
-        if name.rpartition(".")[2] == _PACKED:
-            for part, label in enumerate(PROJECTIONS):
-                path = f"{name.removesuffix(_PACKED)}{label}"
-                yield Host(path, "weight", Place(name, part).shape(entry.shape))
 
 
 def _check_tensors(tensor: str, layer: AdapterLayer, checkpoint: Checkpoint) -> None:
