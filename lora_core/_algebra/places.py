@@ -15,7 +15,7 @@ from lora_core._formats.neutral import AdapterLayer
 from lora_core._layers import PROJECTIONS
 
 _PACKED = "in_proj_weight"
-_MOST_DIMENSIONS = 5  # of a convolution's kernel
+MOST_DIMENSIONS = 5  # of a convolution's kernel
 
 
 class Place(NamedTuple):
@@ -235,9 +235,9 @@ def _check_tensors(tensor: str, layer: AdapterLayer, checkpoint: Checkpoint) -> 
                 f" {name!r} is {entries[name].dtype}. Merge into the checkpoint that it was made"
                 " from."
             )
-        if not 1 <= len(entries[name].shape) <= _MOST_DIMENSIONS:
+        if not 1 <= len(entries[name].shape) <= MOST_DIMENSIONS:
             raise UnsupportedLayerError(
-                f"A tensor must have 1 to {_MOST_DIMENSIONS} dimensions to be merged into, but"
+                f"A tensor must have 1 to {MOST_DIMENSIONS} dimensions to be merged into, but"
                 f" {name!r} has {len(entries[name].shape)}. Merge it in the model."
             )
 
