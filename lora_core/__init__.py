@@ -14,7 +14,7 @@ Example:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lora_core._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lora_core import functional as functional

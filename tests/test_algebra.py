@@ -38,8 +38,8 @@ from lora_core import (
     resize,
 )
 from lora_core._adapters import layers_with
-from lora_core._algebra import AlgebraReport, LayerResult, extracting, products
-from lora_core._algebra.methods import METHODS, dropped_entries
+from lora_core._algebra import AlgebraReport, LayerResult, extraction, ranks
+from lora_core._algebra.combination import METHODS, dropped_entries
 from lora_core._config import AdapterConfig
 from lora_core._formats import AdapterLayer, container, native, read
 from lora_core._layers import stored_parts
@@ -665,7 +665,7 @@ def test_a_method_repeats_itself_bit_for_bit(
     method: str, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exact:  # the random subspace that larger layers get
-        monkeypatch.setattr(products, "_EXACT", 2)
+        monkeypatch.setattr(ranks, "_EXACT", 2)
     options: dict[str, Any] = {"method": method, "density": 0.5, "seed": 3}
 
     def run() -> Mapping[str, Tensor]:
@@ -1093,10 +1093,10 @@ def test_a_model_says_how_a_matrix_is_stored() -> None:
 
 def test_a_weight_becomes_one_layer_whatever_offers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = nn.Sequential(nn.Linear(6, 5)), nn.Sequential(nn.Linear(6, 5))
-    (layer,) = (c for c in extracting.walk(base) if c.name == "0")
+    (layer,) = (c for c in extraction.walk(base) if c.name == "0")
     parameter = replace(layer, names=("0.weight",))
     for offered in ([layer, parameter], [parameter, layer]):
-        monkeypatch.setattr(extracting, "walk", lambda _, offered=offered: offered)
+        monkeypatch.setattr(extraction, "walk", lambda _, offered=offered: offered)
         with pytest.warns(UserWarning, match=r"^left out are 1 tensors .* '0\.bias'$"):
             assert list(extract(base, tuned, rank=1).layers) == ["0"]
 

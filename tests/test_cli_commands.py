@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import lora_core
 from lora_core import _cli
-from lora_core._algebra.layers import scaled
-from lora_core._algebra.methods import METHODS
-from lora_core._cli import arguments
+from lora_core._algebra.combination import METHODS
+from lora_core._algebra.comparison import compare, difference_of
+from lora_core._algebra.factors import scaled
+from lora_core._cli import arguments, parser
 from lora_core._cli.answers import Answer, show, visible
-from lora_core._cli.comparing import compare, difference_of
-from lora_core._cli.parsing import parser
+from lora_core._cli.completion import commands_of
 from lora_core._cli.progress import Results, progress
-from lora_core._config import AdapterConfig
+from lora_core._config import SETTINGS, AdapterConfig
 from lora_core._errors import MismatchError
 from lora_core._formats import Adapter, AdapterLayer, holding, metadata, read, spelling
 from lora_core._formats.families import family_of
@@ -1138,6 +1138,19 @@ def test_stopping_half_way_leaves_nothing(
 
 
 # the frame
+
+
+def test_the_switches_of_plan_are_those_of_the_table_of_settings() -> None:
+    said = {
+        action.dest: action.help
+        for action in commands_of(parser())["plan"]._actions
+        if action.nargs == 0 and action.dest not in {"help", "json", "debug"}
+    }
+    off = {key: s.help for key, s in SETTINGS.items() if s.asked and s.default is False}
+    assert list(said) == list(off)
+    assert [text.capitalize() for text in map(str, said.values())] == [
+        text.rstrip(".").capitalize() for text in off.values()
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lora_core import _cli
-from lora_core._cli.completing import commands_of, options_of
-from lora_core._cli.exits import MEANINGS
-from lora_core._cli.parsing import parser
+from lora_core._cli import parser
+from lora_core._cli.answers import MEANINGS
+from lora_core._cli.completion import commands_of, options_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
 GOLDEN = Path(__file__).parent / "data" / "golden"

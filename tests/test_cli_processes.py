@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from lora_core._cli.completing import commands_of, options_of
-from lora_core._cli.parsing import parser
+from lora_core._cli import parser
+from lora_core._cli.completion import commands_of, options_of
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 import lora_core
 from lora_core import _cli, models
-from lora_core.demo import DemoError, Settings, pictures, progress, story, tell
-from lora_core.demo.measures import recognised, stroke_width, stroke_widths, style_score
-from lora_core.demo.training import Studio, style_images, train
+from lora_core.demo import DemoError, Settings, pictures, story, studio, tell
+from lora_core.demo.classifier import recognised
+from lora_core.demo.pictures import stroke_width, stroke_widths, style_score
+from lora_core.demo.studio import Studio, style_images, train
 from lora_core.models import pretrained
 
 pytestmark = pytest.mark.slow
@@ -287,7 +288,7 @@ def test_the_bar_shows_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    with progress.progress("Learning", 3) as told:
+    with studio.progress("Learning", 3) as told:
         for step in (1, 2, 3):
             told(step, 0.5)
     shown = capsys.readouterr().out
@@ -297,7 +298,7 @@ def test_the_bar_shows_on_a_terminal(
 
 
 def test_the_running_mean_forgets_the_start() -> None:
-    mean = progress.RunningMean()
+    mean = studio.RunningMean()
     assert mean(5.0) == pytest.approx(5)
     assert mean(1.0) < 5
     for _ in range(300):

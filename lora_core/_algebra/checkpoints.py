@@ -74,6 +74,11 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     index: Path | None = None
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes by name."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
         entry = self.entries[name]

@@ -13,10 +13,35 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_core._cli.answers import show, visible
-from lora_core._cli.exits import BROKEN_PIPE, ERROR, FAULT, INTERRUPTED
-from lora_core._cli.parsing import parser
+from lora_core._cli import (
+    combine,
+    completion,
+    convert,
+    demo,
+    diff,
+    extract,
+    inspect,
+    merge,
+    plan,
+    resize,
+)
+from lora_core._cli.answers import (
+    BROKEN_PIPE,
+    ERROR,
+    FAULT,
+    INTERRUPTED,
+    MEANINGS,
+    show,
+    visible,
+)
+from lora_core._cli.arguments import EXITS, Plain, with_negatives
 from lora_core._errors import LoRAError
+from lora_core._version import __version__
+
+_COMMANDS = (
+    *(plan, inspect, convert, combine, resize, extract, merge, diff),
+    *(demo, completion),
+)
 
 # what a message calls a parameter of the library, where the option has another name
 _OPTIONS = {"format": "to"}
@@ -35,6 +60,27 @@ _ADVICE = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; what it parses knows its command's `run`."""
+    codes = [f"  {code:>3}  {meaning}" for code, meaning in MEANINGS.items()]
+    whole = argparse.ArgumentParser(
+        prog="lora-core",
+        description="LoRA for any PyTorch module.",
+        epilog="\n".join([EXITS, *codes]),
+        formatter_class=Plain,
+        allow_abbrev=False,
+    )
+    with_negatives(whole)
+    whole.set_defaults(whole=whole)  # which `completion` prints
+    whole.add_argument("--version", action="version", version=f"lora-core {__version__}")
+    commands = whole.add_subparsers(
+        required=True, metavar="COMMAND", dest="command", title="commands"
+    )
+    for module in _COMMANDS:
+        module.add(commands)
+    return whole
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -42,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; None means those of this process.
 
     Returns:
-        The exit code, as in `exits`.
+        The exit code, as in `answers`.
 
     Raises:
         SystemExit: With code 2 if the words make no command, 0 after ``--help`` or ``--version``.

@@ -3,12 +3,16 @@
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lora_core._algebra import AlgebraReport, LayerResult
+from lora_core._cli.answers import Answer
 from lora_core._cli.arguments import FORMATS, by_module
-from lora_core._cli.bases import named, open_bases
+from lora_core._cli.headers import named, open_bases
 from lora_core._config import check_name
 from lora_core._errors import ConfigError
 from lora_core._formats import Adapter, peft, read
@@ -112,3 +116,24 @@ def write(adapter: Adapter, out: Path, args: argparse.Namespace) -> tuple[dict[s
         *(f"note: {note}" for note in notes),
     ]
     return about, "\n".join(lines)
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """The type that ``--dtype`` names; None where it was left out."""
+    return None if args.dtype is None else getattr(torch, args.dtype)
+
+
+def finished(adapter: Adapter, results: Sequence[LayerResult], args: argparse.Namespace) -> Answer:
+    """Writes a new adapter, and says what it is."""
+    report = AlgebraReport(results)
+    about, text = write(adapter, args.out, args)
+    return Answer({**about, **errors(report)}, f"{report}\n{text}")
+
+
+def errors(report: AlgebraReport) -> dict[str, object]:
+    """The errors by layer, as JSON has them."""
+    keys = ("name", "rank", "error")
+    return {
+        "results": [{key: asdict(layer)[key] for key in keys} for layer in report.layers],
+        "worst_error": report.worst_error,
+    }

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ class DigitClassifier(nn.Module):
         - Output: logits, ``(batch, 10)``
 
     Example:
-        >>> import torch
         >>> DigitClassifier()(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
@@ -55,3 +55,14 @@ def load_classifier() -> DigitClassifier:
         {name: x.float() if x.is_floating_point() else x for name, x in state.items()}
     )
     return classifier.eval()
+
+
+@torch.no_grad()
+def recognised(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images that `classifier` reads as the digit asked for.
+
+    Shape:
+        - images: ``(batch, 1, 28, 28)`` in [-1, 1]
+        - labels: integers, ``(batch,)``
+    """
+    return float((classifier(images).argmax(dim=1) == labels).float().mean())

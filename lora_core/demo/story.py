@@ -16,11 +16,9 @@ from lora_core._files import load, save
 from lora_core._formats.container import write
 from lora_core._injection import eject, inject
 from lora_core._merging import merge, unmerge
-from lora_core.demo.classifier import load_classifier
-from lora_core.demo.measures import recognised, stroke_width, style_score
-from lora_core.demo.pictures import loss_curve, style_sheet
-from lora_core.demo.progress import progress
-from lora_core.demo.training import Studio, style_images, train
+from lora_core.demo.classifier import load_classifier, recognised
+from lora_core.demo.pictures import loss_curve, stroke_width, style_score, style_sheet
+from lora_core.demo.studio import Studio, progress, style_images, train
 from lora_core.models import UNet, pretrained_unet
 from lora_core.models.pretrained import CHECKPOINT
 

@@ -32,8 +32,7 @@ def add(commands: "Commands") -> None:
 
 def _run(args: argparse.Namespace) -> Answer:
     from lora_core._algebra import resize
-    from lora_core._cli.adapters import check_free, read_one
-    from lora_core._cli.changes import dtype_of, finished
+    from lora_core._cli.adapters import check_free, dtype_of, finished, read_one
 
     check_free(args.out, force=args.force)
     adapter = read_one(getattr(args, "in"), args)

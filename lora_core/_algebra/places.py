@@ -15,7 +15,7 @@ from lora_core._formats.neutral import AdapterLayer
 from lora_core._layers import PROJECTIONS
 
 _PACKED = "in_proj_weight"
-_MOST_DIMENSIONS = 5  # of a convolution's kernel
+MOST_DIMENSIONS = 5  # of a convolution's kernel
 
 
 class Place(NamedTuple):
@@ -82,6 +82,20 @@ def place_of(path: str, tensors: Collection[str]) -> Place | None:
 def bias_of(tensor: str) -> str:
     """The name of the bias beside a weight."""
     return f"{tensor.removesuffix('weight')}bias"
+
+
+def hosts_of(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Host]:
+    """What a checkpoint's tensors are the weights of: modules, or parameters that are read."""
+    for name, shape in shapes.items():
+        owner, _, last = name.rpartition(".")
+        if last == "weight":
+            yield Host(owner, "", shape)
+        elif len(shape) > 1:
+            yield Host(name, "weight", shape)
+        if last == _PACKED:
+            for part, label in enumerate(PROJECTIONS):
+                path = f"{owner}.{label}".lstrip(".")
+                yield Host(path, "weight", Place(name, part).shape(shape))
 
 
 def located(
@@ -175,7 +189,7 @@ def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
     paths = {n: own[n] for n, x in layers.items() if x.spelling == "dotted"}
     paths = {n: path for n, path in paths.items() if place_of(path, entries)}
     rest = {name: layer for name, layer in layers.items() if name not in paths}
-    found = resolve(rest, {"": list(_hosts(entries))}, adapter.name) if rest else None
+    found = resolve(rest, {"": list(hosts_of(checkpoint.shapes))}, adapter.name) if rest else None
     if found is not None:
         paths |= {name: path for name, (_, path) in found.found.items()}
     missing = [name for name in layers if name not in paths]
@@ -194,17 +208,6 @@ def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
             f" {len(has)}: {listed(has)}. {hint}"
         )
     return {name: paths[name] for name in layers}
-
-
-def _hosts(entries: Mapping[str, Entry]) -> Iterator[Host]:
-    """What the checkpoint's tensors are the weights of."""
-    for name, entry in entries.items():
-        if len(entry.shape) > 1 or (entry.shape and name.endswith(".weight")):
-            yield Host(name.removesuffix(".weight"), "", entry.shape)
-        if name.rpartition(".")[2] == _PACKED:
-            for part, label in enumerate(PROJECTIONS):
-                path = f"{name.removesuffix(_PACKED)}{label}"
-                yield Host(path, "weight", Place(name, part).shape(entry.shape))
 
 
 def _check_tensors(tensor: str, layer: AdapterLayer, checkpoint: Checkpoint) -> None:
@@ -232,9 +235,9 @@ def _check_tensors(tensor: str, layer: AdapterLayer, checkpoint: Checkpoint) -> 
                 f" {name!r} is {entries[name].dtype}. Merge into the checkpoint that it was made"
                 " from."
             )
-        if not 1 <= len(entries[name].shape) <= _MOST_DIMENSIONS:
+        if not 1 <= len(entries[name].shape) <= MOST_DIMENSIONS:
             raise UnsupportedLayerError(
-                f"A tensor must have 1 to {_MOST_DIMENSIONS} dimensions to be merged into, but"
+                f"A tensor must have 1 to {MOST_DIMENSIONS} dimensions to be merged into, but"
                 f" {name!r} has {len(entries[name].shape)}. Merge it in the model."
             )
 

@@ -4,14 +4,13 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lora_core._cli.answers import Answer
+from lora_core._cli.answers import DIFFERENT, DONE, Answer
 from lora_core._cli.arguments import command, naming, place, reading
-from lora_core._cli.exits import DIFFERENT, DONE
 from lora_core._cli.progress import progress
 
 if TYPE_CHECKING:
+    from lora_core._algebra import Comparison
     from lora_core._cli.arguments import Commands
-    from lora_core._cli.comparing import Comparison
 
 _TOLERANCE = 1e-5
 _SHOWN = 20  # layers that each list shows; --json has all
@@ -41,8 +40,8 @@ def add(commands: "Commands") -> None:
 
 
 def _run(args: argparse.Namespace) -> Answer:
+    from lora_core._algebra import compare
     from lora_core._cli.adapters import read_several
-    from lora_core._cli.comparing import compare
     from lora_core._config import check_finite
     from lora_core._errors import ConfigError
 

@@ -1,14 +1,27 @@
-"""The base model of an adapter as its checkpoint's header tells of it: names and shapes alone."""
+"""A base model as its checkpoint's header tells of it: names and shapes, and modules made of them.
 
+What a module is shows by its name and its tensors:
+
+- ``.weight`` of two dimensions: a linear layer; an embedding where the name says so; GPT-2's
+  Conv1D where a bias has the length of its second dimension, or of both while other layers' have.
+- ``.weight`` of three to five dimensions: a convolution.
+- ``in_proj_weight`` beside ``out_proj``: ``nn.MultiheadAttention``.
+- anything else: a plain parameter.
+"""
+
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_core._algebra.checkpoints import open_checkpoint
+import torch
+from torch import nn
+
+from lora_core._algebra import Conv1D, hosts_of, open_checkpoint
 from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.fitting import fitted
-from lora_core._formats.naming import Host, Resolution, resolve
+from lora_core._formats.naming import Resolution, resolve
 from lora_core._formats.spelling import places_of
 from lora_core._layers import PROJECTIONS
 
@@ -20,7 +33,12 @@ _PREFIXES = {
     "cond_stage_model.transformer.": "text_encoder",
     "conditioner.embedders.0.transformer.": "text_encoder",
 }
-_PACKED = "in_proj_weight"
+_EMBEDDING = re.compile(r"(?:\w*_)?(?:embed(?:ding|dings|s)?|emb|wte|wpe|shared)(?:_\w*)?")
+_CONVOLUTIONS: Mapping[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    3: nn.Conv1d,
+    4: nn.Conv2d,
+    5: nn.Conv3d,
+}
 
 
 def open_bases(words: Sequence[str]) -> dict[str, Shapes]:
@@ -40,7 +58,7 @@ def open_bases(words: Sequence[str]) -> dict[str, Shapes]:
         part, equals, rest = word.partition("=")
         is_part = bool(equals) and part in PARTS
         path = Path(rest if is_part else word)
-        here = {part: _shapes(path)} if is_part else dict(_parts(path))
+        here = {part: open_checkpoint(path).shapes} if is_part else dict(_parts(path))
         twice = found.keys() & here.keys()
         if twice:
             raise ConfigError(
@@ -55,9 +73,9 @@ def _parts(path: Path) -> Iterator[tuple[str, Shapes]]:
     folders = [part for part in PARTS if (path / part).is_dir()]
     if folders:
         for part in folders:
-            yield part, _shapes(path / part)
+            yield part, open_checkpoint(path / part).shapes
         return
-    shapes = _shapes(path)
+    shapes = open_checkpoint(path).shapes
     split: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         for prefix, part in _PREFIXES.items():
@@ -67,10 +85,6 @@ def _parts(path: Path) -> Iterator[tuple[str, Shapes]]:
         yield from split.items()
     else:
         yield "", shapes
-
-
-def _shapes(path: Path) -> Shapes:
-    return {name: entry.shape for name, entry in open_checkpoint(path).entries.items()}
 
 
 def named(adapter: Adapter, bases: Mapping[str, Shapes], where: str) -> Adapter:
@@ -95,7 +109,7 @@ def named(adapter: Adapter, bases: Mapping[str, Shapes], where: str) -> Adapter:
             f"Modules must have names to be found in a checkpoint, but {listed(counted)} of"
             f" {where!r} have numbers. Load it into the model, and save it from there."
         )
-    hosts = {part: list(_hosts(shapes)) for part, shapes in bases.items()}
+    hosts = {part: list(hosts_of(shapes)) for part, shapes in bases.items()}
     found = resolve(adapter.layers, hosts, where)
     _check(adapter, found, where)
     weights = {part: {host.path: host.shape for host in held} for part, held in hosts.items()}
@@ -116,20 +130,6 @@ def named(adapter: Adapter, bases: Mapping[str, Shapes], where: str) -> Adapter:
             spelling="dotted",
         )
     return replace(adapter, layers=layers)
-
-
-def _hosts(shapes: Shapes) -> Iterator[Host]:
-    """What the tensors are the weights of."""
-    for name, shape in shapes.items():
-        owner, _, last = name.rpartition(".")
-        if last == "weight":
-            yield Host(owner, "", shape)
-        elif len(shape) > 1:
-            yield Host(name, "weight", shape)
-        if last == _PACKED:
-            for label in PROJECTIONS:
-                third = (shape[0] // len(PROJECTIONS), *shape[1:])
-                yield Host(f"{owner}.{label}".lstrip("."), "weight", third)
 
 
 def _fitted(path: str, layer: AdapterLayer, shape: tuple[int, ...], where: str) -> AdapterLayer:
@@ -164,3 +164,91 @@ def _check(adapter: Adapter, found: Resolution, where: str) -> None:
                 f" {len(names)} of its {len(adapter.layers)} layers are for. Give each its own:"
                 f" {' '.join(f'--base {part}=CHECKPOINT' for part in every if part)}."
             )
+
+
+def skeleton(bases: Mapping[str, Shapes]) -> nn.Module:
+    """A model on the meta device with the modules of these checkpoints, which can't be called.
+
+    Args:
+        bases: Tensors by the part of a pipeline, "" for a model that is alone.
+    """
+    with torch.device("meta"):
+        parts = {part: _model(shapes) for part, shapes in bases.items()}
+    if set(parts) == {""}:
+        return parts[""]
+    whole = nn.Module()
+    whole._modules.update(parts)
+    return whole
+
+
+def _model(shapes: Shapes) -> nn.Module:
+    """The modules of one checkpoint, in the order of its names."""
+    owned: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        owner, _, last = name.rpartition(".")
+        owned.setdefault(owner, {})[last] = shape
+    turned = any(_is_stored_in_out(held) for held in owned.values())
+    modules = {path: _module(path, held, owned, turned) for path, held in owned.items()}
+    root = modules.pop("", nn.Module())
+    for path in modules:
+        _attach(root, path, modules)
+    return root
+
+
+def _attach(root: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> None:
+    """Puts a module and those above it in their places, unless they are there."""
+    at, words = root, path.split(".")
+    for depth, word in enumerate(words, 1):
+        child = at._modules.get(word)
+        if child is None:
+            # torch's own way to add a child minds names that are those of attributes
+            child = modules.get(".".join(words[:depth])) or nn.Module()
+            at._modules[word] = child
+        at = child
+
+
+def _module(
+    path: str,
+    held: Mapping[str, tuple[int, ...]],
+    owned: Mapping[str, Mapping[str, tuple[int, ...]]],
+    turned: bool,
+) -> nn.Module:
+    weight, bias = held.get("weight", ()), "bias" in held
+    size = len(weight)
+    if "in_proj_weight" in held and f"{path}.out_proj".lstrip(".") in owned:
+        width = held["in_proj_weight"][-1]
+        if held["in_proj_weight"] == (3 * width, width):
+            return nn.MultiheadAttention(width, 1, bias="in_proj_bias" in held)
+    if size == 2 and set(held) <= {"weight", "bias"}:
+        if _is_stored_in_out(held) or (turned and held.get("bias") == weight[1:]):
+            return _conv1d(weight)
+        if not bias and _EMBEDDING.fullmatch(path.rpartition(".")[2]):
+            return nn.Embedding(weight[0], weight[1])
+        return nn.Linear(weight[1], weight[0], bias=bias)
+    if size in _CONVOLUTIONS and set(held) <= {"weight", "bias"} and 0 not in weight:
+        out, ins, *kernel = weight
+        return _CONVOLUTIONS[size](ins, out, tuple(kernel), bias=bias)  # type: ignore[arg-type]
+    module = nn.Module()
+    for name, shape in held.items():
+        module._parameters[name] = nn.Parameter(torch.empty(shape))
+    return module
+
+
+def _is_stored_in_out(held: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a bias says that a matrix is stored (in, out)."""
+    weight, bias = held.get("weight", ()), held.get("bias", ())
+    return len(weight) == 2 and bias == weight[1:] and weight[0] != weight[1]
+
+
+def _conv1d(weight: tuple[int, ...]) -> nn.Module:
+    module = Conv1D()
+    module.weight = nn.Parameter(torch.empty(weight))
+    module.bias = nn.Parameter(torch.empty(weight[1:]))
+    return module
+
+
+def kinds_of(model: nn.Module) -> Iterator[str]:
+    """The class of each module that has tensors of its own, in words where it is none's."""
+    for module in model.modules():
+        if module._parameters:
+            yield type(module).__name__ if type(module) is not nn.Module else "of unknown kind"

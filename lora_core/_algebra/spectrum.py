@@ -1,10 +1,12 @@
-"""The maths of products of factors: singular values, nearest products of lower rank, norms.
+"""Singular values of products of factors, nearest products of lower rank, and norms.
 
 Letters in the shape notes: in, out = sizes of the matrix, R = rank, K = number of singular values
 kept. Leading dimensions, where there are any, are a batch of matrices that share one rank.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -13,7 +15,6 @@ from torch import Tensor
 
 from lora_core._merging import is_finite as all_finite
 
-_EXACT = 1024  # a larger matrix takes seconds to decompose whole
 _OVERSAMPLED = 16  # columns that a random subspace has beyond the rank
 _SWEEPS = 8  # of the subspace iteration
 _TOGETHER = 2**18  # numbers of what a subspace lacks that are worked out at a time
@@ -207,41 +208,12 @@ def distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
     return over(gap, product_norm(A, B), terms_norm(A, B), A.dtype)
 
 
-class Limit(NamedTuple):
-    """How much of a matrix to keep: exactly one of these is not None.
-
-    Attributes:
-        rank: This rank at most.
-        energy: The smallest rank that keeps this share of the squared norm.
-        error: The smallest rank whose relative error is at most this.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    error: float | None = None
-
-    def chosen(self, found: Spectrum) -> int:
-        """The rank for a matrix, at least 1 and at most its number of singular values."""
-        most = max(found.S.shape[-1], 1)
-        if self.rank is not None:
-            return min(self.rank, most)
-        tails = found.tails()
-        share = 1 - self.energy if self.energy is not None else float(self.error or 0) ** 2
-        enough = (rank for rank, tail in enumerate(tails) if tail <= share * tails[0])
-        return min(max(next(enough, most), 1), most)
-
-
-def subspace_rank(matrix: Tensor, limit: Limit, svd: str = "auto") -> int | None:
-    """How many singular values a random subspace should find; None for an exact SVD.
-
-    "auto" is exact where the smaller side is at most 1024 or the rank asked for is over a quarter
-    of it, and wherever `limit` asks for a share: that takes all the values.
-
-    Shape:
-        - matrix: ``(..., out, in)``
-    """
-    if svd == "exact" or limit.rank is None:
-        return None
-    small = min(matrix.shape[-2:])
-    whole = small <= _EXACT or 4 * limit.rank > small
-    return None if svd == "auto" and whole else limit.rank
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For matrices so small that sharing them among threads takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

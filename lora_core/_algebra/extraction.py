@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lora_core._adapters import clean
 from lora_core._algebra.checkpoints import DTYPES, open_checkpoint
-from lora_core._algebra.layers import check_limit, check_result, check_seed, cut, unheard
-from lora_core._algebra.locating import Place, place_of
-from lora_core._algebra.products import Limit, dense_spectrum, is_finite, subspace_rank
+from lora_core._algebra.factors import check_result, check_seed
+from lora_core._algebra.places import MOST_DIMENSIONS, Place, place_of
+from lora_core._algebra.ranks import Limit, check_limit, cut, subspace_rank, unheard
 from lora_core._algebra.results import Teller, Told
+from lora_core._algebra.spectrum import dense_spectrum, is_finite
 from lora_core._config import AdapterConfig, check_dtype, check_name
 from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
@@ -22,7 +23,6 @@ from lora_core._injection import walk
 from lora_core._layers import PROJECTIONS, LoRAMixin, kind_for, kind_named
 
 Model = nn.Module | str | os.PathLike[str]
-_MOST_DIMENSIONS = 5  # of a convolution's weight
 
 
 class _Side(NamedTuple):
@@ -200,7 +200,7 @@ def _side(what: str, model: Model) -> _Side:
         file = open_checkpoint(model)
         entries = file.entries
         floating = frozenset(name for name, entry in entries.items() if entry.dtype in DTYPES)
-        return _Side({name: entry.shape for name, entry in entries.items()}, floating, file.read)
+        return _Side(file.shapes, floating, file.read)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"`{what}` must be an nn.Module or the path of a checkpoint, but is"
@@ -271,7 +271,7 @@ def _of_model(
 
 def _of_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: frozenset[str]) -> Iterator[_Layer]:
     for name, shape in shapes.items():
-        if name in tensors and name.endswith(".weight") and 2 <= len(shape) <= _MOST_DIMENSIONS:
+        if name in tensors and name.endswith(".weight") and 2 <= len(shape) <= MOST_DIMENSIONS:
             kind = "linear" if len(shape) == 2 else "conv"
             yield _Layer(name.removesuffix(".weight"), Place(name), kind, _flat)
 

@@ -46,8 +46,7 @@ def _run(args: argparse.Namespace) -> Answer:
     import torch
 
     from lora_core._algebra import extract
-    from lora_core._cli.adapters import check_free
-    from lora_core._cli.changes import dtype_of, finished
+    from lora_core._cli.adapters import check_free, dtype_of, finished
 
     check_free(args.out, force=args.force)
     with progress("extracting") as step, warnings.catch_warnings():

@@ -76,9 +76,7 @@ def add(commands: "Commands") -> None:
 
 
 def _run(args: argparse.Namespace) -> Answer:
-    from lora_core._cli.parsing import parser
-
-    script = _SCRIPTS[args.shell](parser())
+    script = _SCRIPTS[args.shell](args.whole)
     return Answer({"shell": args.shell, "script": script}, script)
 
 

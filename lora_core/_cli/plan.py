@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 from lora_core._cli.answers import Answer
 from lora_core._cli.arguments import command, json_object
+from lora_core._config import SETTINGS
 
 if TYPE_CHECKING:
     from lora_core._cli.arguments import Commands
     from lora_core._reports import LayerReport
 
+# what is off unless it is asked for, and in what words the table of settings says so
 _FLAGS = {
-    "rslora": "divide alpha by the rank's square root",
-    "dora": "give each row of the adapted weight a length of its own",
-    "bias": "add to biases too",
-    "tucker": "give a convolution's update a core of its own",
+    key: setting.help[0].lower() + setting.help[1:].rstrip(".")
+    for key, setting in SETTINGS.items()
+    if setting.asked and setting.default is False
 }
 
 
@@ -56,13 +57,12 @@ def add(commands: "Commands") -> None:
         help='settings by pattern, as \'{"*mid*": {"rank": 16}}\'; later ones win',
     )
     for flag, text in _FLAGS.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=text)
+        parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=text)
 
 
 def _run(args: argparse.Namespace) -> Answer:
-    from lora_core import plan
-    from lora_core._cli.bases import open_bases
-    from lora_core._cli.skeletons import kinds_of, skeleton
+    from lora_core._cli.headers import kinds_of, open_bases, skeleton
+    from lora_core._injection import plan
 
     model = skeleton(open_bases(args.base))
     kinds: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """One layer of an adapter as a product of matrices, and such a product as a layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import functional
-from lora_core._algebra.products import Limit, Spectrum, distance, is_finite
+from lora_core._algebra.spectrum import is_finite
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter, AdapterLayer
@@ -19,6 +19,13 @@ _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 # what a factor of two dimensions may be for
 _FLAT = {"linear", "weight", "matrix"}
 _FACTORED = {*filed_kinds(), *_FLAT}
+_FORMS = {
+    "lora_mid": "Tucker",
+    "lora_magnitude": "DoRA",
+    "lora_in_magnitude": "DoRA of columns",
+    "lora_bias": "bias",
+    "lora_A0": "subtracted",
+}
 
 
 def check_adapter(what: str, adapter: object) -> Adapter:
@@ -38,29 +45,6 @@ def check_adapter(what: str, adapter: object) -> Adapter:
             " Go back to an earlier state."
         )
     return adapter
-
-
-def check_limit(
-    rank: int | None = None, energy: float | None = None, error: float | None = None
-) -> Limit:
-    """Exactly one of the three, in its range."""
-    given = {"rank": rank, "energy": energy, "error": error}
-    set_ = [f"{key}={value!r}" for key, value in given.items() if value is not None]
-    if len(set_) != 1:
-        raise ConfigError(
-            f"Exactly one of `rank`, `energy` and `error` must be given, but {len(set_)} are"
-            + (f": {', '.join(set_)}." if set_ else ". Give a rank, for example.")
-        )
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"`rank` must be a whole number of at least 1, but is {rank!r}.")
-    for what, share, top in (("energy", energy, 1), ("error", error, None)):
-        if share is None:
-            continue
-        number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not number or not (0 < share <= 1 if top else 0 <= share < 1):
-            bounds = "(0, 1]" if top else "[0, 1)"
-            raise ConfigError(f"`{what}` must be in {bounds}, but is {share!r}.")
-    return Limit(rank, energy, error)
 
 
 def check_seed(seed: object) -> int:
@@ -144,6 +128,30 @@ def scaled(layer: AdapterLayer, weight: float = 1.0) -> tuple[Tensor, Tensor]:
 def widened(values: Tensor) -> Tensor:
     """Values in float32 or wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def norm_of(layer: AdapterLayer) -> float | None:
+    """The norm of a layer's update, from its factors alone; None where it replaces the weight."""
+    if layer.config is not None:
+        lora_A, lora_B = (factor.double() for factor in scaled(layer))
+        # ``tr(A A' B' B)``: a sum of squares, so that nothing cancels
+        return float((lora_A @ lora_A.mT * (lora_B.mT @ lora_B).mT).sum().clamp(min=0).sqrt())
+    if layer.kind == "values":
+        return None
+    return math.hypot(*(float(widened(part).double().norm()) for part in layer.parts.values()))
+
+
+def form_of(layer: AdapterLayer) -> str:
+    """What kind of update a layer is, in words."""
+    if layer.config is None:
+        return layer.kind
+    return ", ".join(["LoRA", *(words for part, words in _FORMS.items() if part in layer.parts)])
+
+
+def parts_of(layer: AdapterLayer) -> Mapping[str, Tensor]:
+    """The tensors of a layer that are no factors."""
+    factors = ("lora_A", "lora_B", "lora_mid", "lora_A0", "lora_B0")
+    return {part: tensor for part, tensor in layer.parts.items() if part not in factors}
 
 
 def sizes(layer: AdapterLayer) -> tuple[int, ...]:
@@ -239,43 +247,3 @@ def _agreed(layers: Sequence[AdapterLayer]) -> dict[str, Any]:
         key: value if all(each[key] == value for each in every) else 0.0
         for key, value in every[0].items()
     }
-
-
-def cut(
-    found: Spectrum,
-    limit: Limit,
-    like: AdapterLayer,
-    dtype: torch.dtype,
-    *,
-    silent: Tensor | None = None,
-    **rest: Any,
-) -> tuple[AdapterLayer, float]:
-    """The nearest layer within a limit, and its relative error.
-
-    Args:
-        found: What it approximates.
-        limit: How much of that to keep.
-        like: As in `rebuilt`.
-        dtype: As in `rebuilt`; of a type narrower than float32 the error counts the rounding.
-        silent: Which inputs, as ``(in,)``, the update must not hear; see `unheard`.
-        rest: As in `rebuilt`.
-    """
-    rank = limit.chosen(found)
-    lora_A, lora_B = found.factors(rank)
-    if silent is not None:
-        lora_A = lora_A.masked_fill(silent, 0)
-    made = rebuilt(like, (lora_A, lora_B), float(rank), dtype, **rest)
-    error = found.error(rank)
-    if dtype.itemsize < 4 and found.tails()[0]:
-        # at right angles to what was cut off, but for its own randomness
-        rounding = distance((lora_A, lora_B), scaled(made))
-        error = (error**2 + rounding**2 * (1 - error**2)) ** 0.5
-    return made, error
-
-
-def unheard(kind: str, lora_A: Tensor) -> Tensor | None:
-    """Which entries of an embedding an update has nothing but zeros for, ``(in,)``.
-
-    Its padding must stay among them, whatever rounding makes of zeros. None for other layers.
-    """
-    return (lora_A == 0).all(0) if kind_named(kind).takes_indices else None

@@ -54,8 +54,7 @@ def add(commands: "Commands") -> None:
 
 def _run(args: argparse.Namespace) -> Answer:
     from lora_core._algebra import combine
-    from lora_core._cli.adapters import check_free, read_several
-    from lora_core._cli.changes import dtype_of, finished
+    from lora_core._cli.adapters import check_free, dtype_of, finished, read_several
     from lora_core._errors import ConfigError
 
     check_free(args.out, force=args.force)
