@@ -3,7 +3,7 @@
 from lora_core._layers import bilinear as bilinear
 from lora_core._layers import transposed as transposed
 from lora_core._layers.attachment import attach, call_me, detach, exchange
-from lora_core._layers.calls import BARE, PINS, at_rest, changing, pin_of, refuse_pinned
+from lora_core._layers.context import BARE, PINS, at_rest, changing, pin_of, refuse_pinned
 from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explanation import explain

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_core._config import NamedSettings
 from lora_core._layers.attachment import adopt, plain_attributes
-from lora_core._layers.calls import checked, is_ordinary
+from lora_core._layers.context import checked, is_ordinary
 from lora_core._layers.kind import LINEAR
 from lora_core._layers.mixin import ADAPTED, LoRAMixin, call
 from lora_core._layers.updates import Active

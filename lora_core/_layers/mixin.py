@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lora_core._errors import MergeError, UnsupportedLayerError
-from lora_core._layers.calls import checked, is_ordinary, recorded, settled
+from lora_core._layers.context import checked, is_ordinary, recorded, settled
 from lora_core._layers.kind import KINDS, TRANSPOSED, Kind, host_kind
 from lora_core._layers.parts import factors_of, parts_of, reset_parts
 from lora_core._layers.state import STATE, State, change, is_settled, select, state_of

@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_core import functional
 from lora_core._config import AdapterConfig, Recipe
 from lora_core._errors import ConfigError, MergeError, listed
-from lora_core._layers.calls import refuse_pins, seen_state
+from lora_core._layers.context import refuse_pins, seen_state
 from lora_core._layers.kind import Kind, Update
 from lora_core._layers.lengths import column_norm_of, length_of, norm_of
 from lora_core._layers.parts import factors_of, trained_parts

@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
-from lora_core._layers.calls import checked, node_of, settled
+from lora_core._layers.context import checked, node_of, settled
 from lora_core._layers.kind import NAMED, Kind, Shape, swap
 from lora_core._layers.mixin import LoRAMixin
 from lora_core._layers.state import STATE, State
