@@ -29,7 +29,7 @@ from lora_core import (
     plan,
 )
 from lora_core._injection import surgery
-from lora_core._layers import LoRAMixin, factors_of, parts_of
+from lora_core._layers import LoRAMixin, factors_of, parts_of, state
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -648,6 +648,8 @@ def interrupted_at(call: Callable[[], object], k: int) -> bool:
         return True
     finally:
         sys.settrace(before)
+        # no signal comes between the last instruction under a lock and its release: a trace does
+        state._renew_lock()
     return False
 
 

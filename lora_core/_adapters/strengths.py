@@ -1,7 +1,7 @@
 """Choosing which adapters are active, and how strongly."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from lora_core._errors import (
     UnsupportedLayerError,
     listed,
 )
-from lora_core._layers import LoRAMixin, Strength, change, lock, refuse_pinned, select
+from lora_core._layers import LoRAMixin, Strength, change, lock, refuse_pinned, select, undone_by
 
 
 class Scales(scopes.Scope, AbstractContextManager["Scales"]):
@@ -35,12 +35,11 @@ class Scales(scopes.Scope, AbstractContextManager["Scales"]):
         self._choose(entered=False)
 
     def _choose(self, *, entered: bool) -> None:
-        with lock(), ExitStack() as undo:
+        with lock():
             super().__init__([layer for layer, _ in self._chosen], entered=entered, hides=False)
-            undo.callback(self.undo)
-            for layer, selection in self._chosen:
-                change(layer, selection=selection)
-            undo.pop_all()
+            with undone_by(self.undo):
+                for layer, selection in self._chosen:
+                    change(layer, selection=selection)
         self._ended = False
 
     def undo(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_core._injection.guards import settle
-from lora_core._layers import FROZEN, factor_names, state_of
+from lora_core._layers import FROZEN, factor_names, state_of, undone_by
 
 _NONE: Mapping[Any, Any] = {}
 
@@ -40,13 +40,14 @@ def all_or_nothing(model: nn.Module, changed: Iterable[nn.Module]) -> Iterator[N
     """Restores these modules where what follows raises, and settles the guards of the model."""
     training = _Training([], [], [])
     before = [_snapshot(m, training) for m in changed]
-    try:
-        yield
-        settle(model)
-    except BaseException:
+
+    def back() -> None:
         _restore(before, training)
         settle(model)
-        raise
+
+    with undone_by(back):
+        yield
+        settle(model)
 
 
 def _snapshot(module: nn.Module, training: _Training) -> _Snapshot:

@@ -34,6 +34,7 @@ from lora_core._layers.state import (
     select,
     set_merged,
     state_of,
+    undone_by,
 )
 from lora_core._layers.updates import addition, bias_delta, delta_of, stacked, update_norm
 from lora_core._layers.weight import (
@@ -110,6 +111,7 @@ __all__ = [
     "stored_parts",
     "swap",
     "trained_parts",
+    "undone_by",
     "update_norm",
     "why_not",
 ]

@@ -6,7 +6,8 @@ A forward reads it once and asks nothing of it that only a change can alter: a c
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -221,6 +222,16 @@ def _renew_lock() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextmanager
+def undone_by(back: Callable[[], object]) -> Iterator[None]:
+    """Calls `back` where what follows raises, be it an interrupt: the one way of all verbs."""
+    try:
+        yield
+    except BaseException:
+        back()
+        raise
 
 
 # each `with` of one line: what is raised between two lines, as by a debugger, leaves none locked

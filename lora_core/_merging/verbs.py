@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from lora_core._layers import (
     refuse_pinned,
     runs_as_torch,
     set_merged,
+    undone_by,
 )
 from lora_core._merging.contact import (
     Kept,
@@ -178,14 +180,10 @@ def unmerge(model: nn.Module) -> MergeReport:
         _restore_compactly(layers, compact)
         undo: list[_Before] = []
         left = {n: m for n, m in layers.items() if n not in compact}
-        with changing(*left.values()):
-            try:
-                for name, layer in left.items():
-                    undo.append(_before(layer, states[name]))
-                    restore(layer, states[name])
-            except BaseException:
-                _put_back(undo)
-                raise
+        with changing(*left.values()), undone_by(partial(_put_back, undo)):
+            for name, layer in left.items():
+                undo.append(_before(layer, states[name]))
+                restore(layer, states[name])
     strengths = {name: s for state in states.values() for name, s in state.strengths.items()}
     return MergeReport(strengths, tuple(layers), reversible=True)
 
@@ -234,7 +232,7 @@ def _merge_reversibly(
         compact: Whether to keep no copy where less will do.
     """
     losses, done = Losses(_TOGETHER), _Done(keep)
-    try:
+    with undone_by(done.undo):
         if compact:
             for name, site in sites.items():
                 # who shares a weight that is untied keeps it anyway
@@ -243,10 +241,6 @@ def _merge_reversibly(
         left = {n: site for n, site in sites.items() if n not in done.residues}
         kept: dict[str, Kept] = {**done.residues}
         kept |= _merge_into_copies(left, tied, keep, losses, done.swapped)
-        # whoever is interrupted before this line is undone whole
-    except BaseException:
-        done.undo()
-        raise
     shares = losses.finish()
     return {name: shares[name] for name in sites}, {name: kept[name] for name in sites}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_core._adapters import adapted_layers, adapter_names, check_known, layers_with
 from lora_core._errors import ConfigError, listed
-from lora_core._layers import FROZEN, LoRAMixin, trained_parts
+from lora_core._layers import FROZEN, LoRAMixin, trained_parts, undone_by
 from lora_core._reports import count
 
 
@@ -122,12 +123,9 @@ def trainable(model: nn.Module, *names: str) -> Trainable:
             " `model.requires_grad_(False)`."
         )
     receipt = Trainable(model, layers, names)
-    try:
+    with undone_by(partial(receipt.__exit__, None, None, None)):
         for layer in layers.values():
             _choose(layer, names)
-    except BaseException:
-        receipt.__exit__(None, None, None)
-        raise
     return receipt
 
 
