@@ -73,7 +73,7 @@ def hang(*_: Any, **__: Any) -> None:
 
 
 def gorge(*_: Any, **__: Any) -> None:
-    bytearray(300 * 2**20)
+    bytearray(2 * 2**30)  # more than a process has lying about, which no limit would see
 
 
 def stumble(*_: Any, **__: Any) -> None:
