@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_INITS = "eva", "gaussian", "kaiming", "olora", "orthogonal", "pissa"
+from lora_core._config import STARTS
+
 _EXACT = 2048  # a larger matrix takes minutes to decompose whole
 _SWEEPS = 12  # of the subspace iteration that larger ones get
 
@@ -67,11 +68,11 @@ def initial_factors(
         >>> lora_A.shape, lora_B.shape
         (torch.Size([2, 3]), torch.Size([5, 2]))
     """
-    if init not in _INITS:
-        raise ValueError(f"`init` must be one of {', '.join(_INITS)}, but is {init!r}.")
+    if init not in STARTS:
+        raise ValueError(f"`init` must be one of {', '.join(sorted(STARTS))}, but is {init!r}.")
     out, width = weight.shape if isinstance(weight, Tensor) else weight
     _check_rank(init, rank, out, width)
-    if init in ("pissa", "olora"):
+    if STARTS[init] == "weight":
         if not isinstance(weight, Tensor) or weight.is_meta:
             raise ValueError(
                 f"`weight` must have values where `init` is {init!r}, but is a shape alone. Load"
@@ -135,7 +136,7 @@ def subtracted(
 def _check_rank(init: str, rank: int, out: int, width: int) -> None:
     if init in ("kaiming", "gaussian"):
         return
-    of_weight = init in ("pissa", "olora")
+    of_weight = STARTS[init] == "weight"
     limit, bound = (min(out, width), "min(out, in)") if of_weight else (width, "in")
     if rank > limit:
         raise ValueError(
