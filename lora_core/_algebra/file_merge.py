@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import BinaryIO, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ from lora_core._formats.replacing import new_file, new_folder
 from lora_core._layers import PROJECTIONS, Slot, attach, kind_named
 from lora_core._merging import merge
 
-_CONVOLUTIONS: Mapping[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _VALUE = "value"
 
 
@@ -300,15 +299,8 @@ def _without_bias(layer: AdapterLayer) -> AdapterLayer:
 
 def _module(found: Located, weight: Tensor) -> nn.Module:
     """A module without values for a weight."""
-    first, *others = weight.shape
-    options: dict[str, Any] = {"device": "meta"}
-    kind = kind_named(found.layer.kind if found.layer.config is not None else "matrix")
-    if kind.own_layout:
-        return kind.blank(tuple(weight.shape))
-    if found.layer.kind == "embedding":
-        return nn.Embedding(first, others[0], **options)
-    # of what is whole the file says no kind: its numbers are added one by one
-    if found.layer.kind == "conv" or (found.layer.config is None and others[1:]):
-        kernel = tuple(others[1:])
-        return _CONVOLUTIONS[weight.ndim](others[0], first, kernel, **options)
-    return Conv1D() if found.transposed else nn.Linear(others[0], first, **options)
+    kind = found.layer.kind
+    if found.layer.config is None:  # of what is whole the file says no kind: it is added as it is
+        kind = "conv" if weight.ndim > 2 else "linear"
+    turned = found.transposed and kind in ("linear", "matrix")
+    return Conv1D() if turned else kind_named(kind).blank(tuple(weight.shape))

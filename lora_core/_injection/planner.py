@@ -171,7 +171,12 @@ def check_room(
     replaced: bool = False,
 ) -> None:
     """Refuses a taken name anywhere in the model, or one to be replaced nowhere; merged layers."""
-    holders = [c for c in candidates if name in _adapters(c)]
+    adapted = {
+        id(c): _state(c).configs
+        for c in candidates
+        if isinstance(c.module, LoRAMixin) and STATE in c.module.__dict__
+    }
+    holders = [c for c in candidates if name in adapted.get(id(c), ())] if adapted else []
     if holders and not replaced:
         raise AdapterError(
             f"`name` must be new to the model, but {name!r} is on"
@@ -179,25 +184,28 @@ def check_room(
             f" `eject(model, {name!r})` first; `load` puts a file in its place with replace=True."
         )
     if replaced and not holders:
-        known = dict.fromkeys(adapter for c in candidates for adapter in _adapters(c))
+        known = dict.fromkeys(adapter for configs in adapted.values() for adapter in configs)
         raise AdapterError(
             f"`name` must be an adapter of the model to be replaced, but is {name!r}; it has"
             f" {listed(known) or 'none'}. Load without replace=True to add one."
         )
-    places = {id(c): c for c in (*chosen, *holders)}
-    merged = [c.name for c in places.values() if (state := _state(c)) and state.merged is not None]
+    places = {id(c): c for c in (*chosen, *holders)} if adapted else {}
+    merged = [c.name for c in places.values() if id(c) in adapted and _state(c).merged is not None]
     if merged:
         raise MergeError(
             f"A layer must be unmerged to take an adapter, but {listed(merged)} is merged."
             " Call `unmerge(model)` first."
         )
-    picked, read = {id(c) for c in chosen}, [c for c in candidates if _is_read(c)]
-    _refuse_overlap([c for c in read if id(c) in picked or set(_adapters(c)) - {name}], chosen)
+    picked = {id(c) for c in chosen}
+    read = [c for c in candidates if isinstance(c.module, LoRAWeight)]
+    busy = [c for c in read if id(c) in picked or set(adapted.get(id(c), ())) - {name}]
+    _refuse_overlap(busy, chosen)
     parts = factor_names([name])
-    fresh = [c for c in chosen if name not in _adapters(c)]
     # to look up what is not there takes long on a module
-    asking = [c for c in fresh if not _is_free(c.module, parts)]
-    for new, clash in _holders([c for c in asking if _state(c) is None], (STATE,)):
+    asking = [
+        c for c in chosen if name not in adapted.get(id(c), ()) and not _is_free(c.module, parts)
+    ]
+    for new, clash in _holders([c for c in asking if id(c) not in adapted], (STATE,)):
         raise UnsupportedLayerError(
             f"A layer must leave names that begin with 'lora_' to its adapters, but"
             f" {listed(clash)} has an attribute {new!r} of its own. Rename it, or exclude the"
@@ -214,7 +222,7 @@ def _holders(
     candidates: Sequence[Candidate], names: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
     """Each of these attributes that a layer has, and the layers that have it."""
-    for name in names:
+    for name in names if candidates else ():
         found = [c.name for c in candidates if hasattr(c.module, name)]
         if found:
             yield name, found
@@ -243,19 +251,10 @@ def _has_torchs_attributes(cls: type) -> bool:
     )
 
 
-def _is_read(candidate: Candidate) -> bool:
-    return isinstance(candidate.module, LoRAWeight)
-
-
-def _state(candidate: Candidate) -> State | None:
-    module = candidate.module
-    return vars(module).get(STATE) if isinstance(module, LoRAMixin) else None
-
-
-def _adapters(candidate: Candidate) -> Mapping[str, AdapterConfig]:
-    """The adapters that are there."""
-    state = _state(candidate)
-    return {} if state is None else state.configs
+def _state(candidate: Candidate) -> State:
+    """What an adapted layer knows of its adapters."""
+    state: State = candidate.module.lora_state  # type: ignore[union-attr, assignment]
+    return state
 
 
 def _refuse_overlap(candidates: Sequence[Candidate], chosen: Sequence[Candidate]) -> None:

@@ -36,6 +36,12 @@ class ConvKind(Kind):
         down = (rank, size, *(ones if config.tucker else kernel))
         return self._of(config, down, (out, rank, *ones), size, out, (rank, rank, *kernel))
 
+    def blank(self, shape: Shape) -> nn.Module:
+        """A convolution of one group."""
+        out, size, *kernel = shape
+        host: type[nn.Module] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
+        return host(size, out, tuple(kernel), device="meta")
+
     def refusal(self, host: Any, config: AdapterConfig) -> str:
         """The Tucker form needs a channel for each rank."""
         if not config.tucker:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._config import AdapterConfig, NamedSettings
 from lora_core._layers.attachment import adopt, plain_attributes
-from lora_core._layers.kind import KINDS, NAMED, Kind, Update, peek
+from lora_core._layers.kind import KINDS, NAMED, Kind, Shape, Update, peek
 from lora_core._layers.mixin import ADAPTED, LoRAMixin
 
 
@@ -31,6 +31,11 @@ class EmbeddingKind(Kind):
         """Entries, and numbers per entry."""
         num_embeddings, embedding_dim = peek(host).shape
         return num_embeddings, embedding_dim
+
+    def blank(self, shape: Shape) -> nn.Module:
+        """A table without padding."""
+        entries, size = shape
+        return nn.Embedding(entries, size, device="meta")
 
     def refusal(self, host: Any, config: AdapterConfig) -> str:  # noqa: ARG002
         """There is no input to drop elements of, nor a bias."""
