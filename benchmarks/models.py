@@ -199,9 +199,7 @@ def _ours(model: nn.Module, case: Case, names: Sequence[str]) -> tuple[nn.Module
     for name in names:
         settings: dict[str, Any] = {"targets": list(_linears(model, case)) or None}
         if name != names[0]:
-            settings["targets"] = [
-                n for n, m in model.named_modules() if hasattr(m, "lora_configs")
-            ]
+            settings["targets"] = [n for n, m in model.named_modules() if hasattr(m, "lora_state")]
         lora_core.inject(model, RANK, SCALE * RANK, name=name, **settings)
     lora_core.scales(model, **dict.fromkeys(names, 1.0))
     layers = [m for m in model.modules() if hasattr(m, f"lora_A_{names[0]}")]

@@ -60,7 +60,7 @@ from lora_core._merging.residue import (
 from lora_core._reports import MergeReport
 
 _TOGETHER = 2**17  # numbers whose rounding is looked at together
-_FEW = 2**14  # so many always are: thousands of tiny layers should be few operations
+_FEW = 9_000  # so many always are: thousands of tiny layers should be few operations
 _AT_ONCE = 2**20  # numbers that are written while other threads' calls wait
 
 
@@ -442,7 +442,7 @@ def _put_in_place(name: str, site: Site, state: Merged) -> Sample:
             set_merged(layer, state)
         raise
     # the other is a view of the weight, which is the new one now
-    return few._replace(old=old)
+    return Sample(old, few.new, few.update)
 
 
 def _copy_in_place(name: str, site: Site, state: Merged) -> Sample:
