@@ -29,10 +29,13 @@ PINS = _Pins()
 
 
 def is_ordinary(x: object) -> bool:
-    """Whether a call is nothing but arithmetic: not traced, checkpointed or pinned."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or PINS.blocks:
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    """Whether a call is nothing but arithmetic: not traced or pinned."""
+    return not (torch.compiler.is_compiling() or type(x) is not Tensor or PINS.blocks)
+
+
+def is_watched() -> bool:
+    """Whether a checkpoint, or another, is told of all that autograd keeps."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def seen_state(layer: nn.Module) -> State:
@@ -167,7 +170,7 @@ def checked(layer: nn.Module, out: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # a graph keeps the strengths that it ran with
         return out
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None or not out.requires_grad:
+    if not is_watched() or not out.requires_grad:
         return out
     names, strengths, *_ = seen_state(layer).selection
     marked: Tensor = _Marked.apply(out, hash((names, strengths)) % _LARGEST)  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_core._config import NamedSettings
 from lora_core._layers.attachment import adopt, plain_attributes
-from lora_core._layers.context import checked, is_ordinary
+from lora_core._layers.context import checked, is_ordinary, is_watched
 from lora_core._layers.kind import LINEAR
 from lora_core._layers.mixin import ADAPTED, LoRAMixin, call
 from lora_core._layers.updates import Active
@@ -65,7 +65,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
                 W: Any = own["weight"]
                 out = fused_lora_linear(input, W, own["bias"], lora_A, lora_B, gain, dropout=p)
                 if self.lora_state.change is state.change:
-                    return out
+                    return checked(self, out) if is_watched() else out
         except (AttributeError, KeyError):  # of what another thread takes off, or torch computes
             pass
         return call(self, input, (input,), {})
