@@ -11,7 +11,7 @@ from lora_core._layers.fit import layer_config, why_not
 from lora_core._layers.lengths import forget
 from lora_core._layers.mixin import LoRAMixin, adapted_class
 from lora_core._layers.parts import drawing, fresh_parts, parts_of
-from lora_core._layers.state import FROZEN, STATE, Change, State, Strength, change, select
+from lora_core._layers.state import FROZEN, NOTHING, STATE, Change, State, Strength, change, select
 from lora_core._layers.weight import LoRAWeight, Slot
 
 
@@ -101,14 +101,13 @@ def detach(layer: LoRAMixin, name: str) -> None:
     """Takes one adapter off a layer, in place; with the last one goes every trace."""
     state, own = layer.lora_state, vars(layer)
     gone = state.configs[name].parts
-    configs = {n: c for n, c in state.configs.items() if n != name}
-    change(
-        layer,
-        configs=configs,
-        slots={n: s for n, s in state.slots.items() if n != name},
-        selection=select(layer, state.strengths, configs),
-        change=Change(),
-    )
+    if len(state.configs) == 1:
+        configs, slots, selection = {}, {}, NOTHING
+    else:
+        configs, slots = dict(state.configs), dict(state.slots)
+        del configs[name], slots[name]
+        selection = select(layer, state.strengths, configs)
+    change(layer, configs=configs, slots=slots, selection=selection, change=Change())
     for part in gone:
         del layer._parameters[f"{part}_{name}"]
     forget(layer, name)

@@ -93,7 +93,9 @@ def column_norm_of(
 
 def forget(layer: nn.Module, name: str) -> None:
     """Lets go of an adapter's norms, and with the last of them of the weight's."""
-    held = _KNOWN.get(layer, {})
+    held = _KNOWN.get(layer)
+    if held is None:
+        return
     for key in (name, f".{name}"):
         held.pop(key, None)
     if held.keys() <= {"", "."}:
