@@ -33,7 +33,8 @@ def test_one_adapter_and_three_are_right_and_timed() -> None:
     for which in (STEP, INFERENCE):
         assert set(result.seconds[which]) == set(OWN)
     assert set(result.cold) == set(OWN)
-    assert 0 < result.kept[FROZEN] < result.kept[OURS] < result.kept[OURS_SEVERAL]
+    # where a matrix is small, x is all that is kept, of however many adapters
+    assert 0 < result.kept[FROZEN] < result.kept[OURS] <= result.kept[OURS_SEVERAL]
 
 
 @pytest.mark.parametrize(
