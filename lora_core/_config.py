@@ -394,7 +394,12 @@ def with_settings(function: _F) -> _F:
     before = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     there = [p.name for p in before]
     keywords = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=SETTINGS[key].default)
+        inspect.Parameter(
+            key,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=SETTINGS[key].default,
+            annotation=Settings.__annotations__[key],
+        )
         for key in ASKED
         if key not in there
     ]

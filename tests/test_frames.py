@@ -1,6 +1,7 @@
 """How many Python functions a call of an adapted layer passes, and what a graph may look at."""
 
 import copy
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +34,15 @@ def frames(call: Callable[[], object]) -> int:
         nonlocal passed
         passed += event == "call"
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # a collection may call back into Python, at any call
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     return passed - 1  # the lambda's own
 
 

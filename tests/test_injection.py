@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import re
 import sys
 import time
@@ -28,6 +29,7 @@ from lora_core import (
     parameters,
     plan,
 )
+from lora_core._config import ASKED, Settings
 from lora_core._injection import surgery
 from lora_core._layers import LoRAMixin, factors_of, parts_of, state
 
@@ -890,3 +892,24 @@ def test_a_layer_whose_class_changed_since_is_not_ejected(net):
     nn.utils.parametrize.remove_parametrizations(net.blocks[0].attn.to_q, "weight")
     eject(net)
     assert not parameters_of(net)
+
+
+@pytest.mark.parametrize("word", ["r", "lora_alpha", "dora_in"])
+def test_a_keyword_that_is_no_setting_is_an_error_that_shows_those_there_are(net, word):
+    message = (
+        f"'{word}' must be a setting of an adapter, but is none. Use rank, alpha, dropout, dtype,"
+        " rslora, dora, bias, tucker, rank_dropout, module_dropout, init, reserve_rank."
+    )
+    for verb in (plan, inject):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            verb(net, **{word: 4})
+
+
+def test_help_tells_every_setting_with_its_default_and_its_meaning():
+    for verb in (plan, inject):
+        signature = inspect.signature(verb)
+        assert {"rank", "dropout", "rslora", "init", "reserve_rank"} <= set(signature.parameters)
+        assert signature.parameters["init"].default == "kaiming"
+    for key in ASKED:
+        assert f"        {key}: " in str(plan.__doc__)
+    assert set(Settings.__annotations__) == set(ASKED) - {"rank", "alpha"}

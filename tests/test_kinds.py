@@ -534,3 +534,31 @@ def test_a_kind_of_our_own_layout_is_refused_by_other_formats(kind, tmp_path):
     words = "a bilinear layer" if kind == "bilinear" else "a transposed convolution"
     with pytest.raises(ConfigError, match=f"{words}"):
         lora_core.save({"unet": model}, tmp_path / "a", format="peft")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_two_inputs_may_be_given_by_name_in_any_order(dora):
+    model, options, (x, z) = built("bilinear")
+    lora_core.inject(model, **options, dora=dora)
+    trained(model)
+    expected = model(x, z)
+    for out in (
+        model(x, input2=z),
+        model(input1=x, input2=z),
+        model(input2=z, input1=x),
+    ):
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", TRANSPOSED)
+def test_a_transposed_convolution_may_be_told_the_size_of_its_output(kind):
+    model, options, (x,) = built(kind)
+    layer = model[0]
+    size = [n + 1 for n in layer(x).shape[2:]] if max(layer.stride) > 1 else layer(x).shape[2:]
+    size = list(layer(x).shape[2:]) if layer.output_padding[0] else list(size)
+    lora_core.inject(model, **options)
+    trained(model)
+    expected = layer(x, output_size=size)
+    assert torch.equal(layer(x, size), expected)
+    lora_core.merge(model)
+    assert_close(layer(x, output_size=size), expected, rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ A layer is adapted by swapping its class for a subclass of that class, so its ke
 attributes and identity survive.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, cast
 
@@ -41,7 +42,7 @@ class LoRAMixin(nn.Module):
     weight: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Any = args[0] if args else next(iter(kwargs.values()))
+        x: Any = args[0] if args else inputs_of(self, args, kwargs)[0]
         state = state_of(self) if is_ordinary(x) else None
         if state is None or state.pair is None or kwargs:
             return call(self, x, args, kwargs)
@@ -58,7 +59,7 @@ class LoRAMixin(nn.Module):
 
     def lora_sum(self, found: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The output of the host's own forward plus what is active."""
-        x, *more = (*args, *kwargs.values())
+        x, *more = inputs_of(self, args, kwargs) if kwargs else args
         base = self.host_class.forward(self, *args, **kwargs)
         if not isinstance(base, Tensor):
             raise UnsupportedLayerError(
@@ -130,6 +131,16 @@ class LoRAMixin(nn.Module):
                 STATE: state.having(selection=select(self, {}), merged=None),
             }
         return (make, arguments, held, *rest)
+
+
+def inputs_of(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a layer is called with, in the order of its host's forward."""
+    try:
+        bound = inspect.signature(layer.host_class.forward).bind(layer, *args, **kwargs)
+    except TypeError:  # the host itself says what is wrong, or a forward of any keywords is right
+        return (*args, *kwargs.values())
+    _, *given = bound.args
+    return tuple(given) or tuple(kwargs.values())
 
 
 def call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
