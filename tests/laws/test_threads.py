@@ -10,8 +10,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
+import lora_core
 from lora_core import disabled, merge, pinned, scales, unmerge
+from lora_core._layers import linear
+from lora_core.testing.laws import train_pretend
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +173,34 @@ def test_while_a_thread_merges_and_unmerges_every_output_is_the_adapted_ones(kin
 
     while_another_thread(turn, call)
     assert seen == {"a"}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("verb", ["merge", "unmerge"])
+def test_a_call_that_a_merge_comes_into_runs_again(kind, verb, monkeypatch):
+    layer = nn.Linear(8, 6) if kind == "linear" else nn.Conv1d(8, 6, 1)
+    model = nn.ModuleDict({"site": layer}).eval()
+    x = torch.randn(3, 8) if kind == "linear" else torch.randn(3, 8, 4)
+    lora_core.inject(model, rank=2, targets="site")
+    train_pretend(model, "default")
+    expected = layer(x)
+    if verb == "unmerge":
+        lora_core.merge(model)
+    came = []
+
+    def between(real):
+        def run(*args, **kwargs):
+            if not came:  # as another thread would, after the state was read
+                came.append(True)
+                getattr(lora_core, verb)(model)
+            return real(*args, **kwargs)
+
+        return run
+
+    if kind == "linear" and verb == "merge":
+        monkeypatch.setattr(linear, "fused_lora_linear", between(linear.fused_lora_linear))
+    else:  # a merged layer, and one of another kind, calls its host
+        host = type(layer).host_class
+        monkeypatch.setattr(host, "forward", between(host.forward))
+    torch.testing.assert_close(layer(x), expected)
+    assert came
