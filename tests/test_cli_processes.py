@@ -112,7 +112,14 @@ def test_debug_shows_the_traceback_of_an_error() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_stops_the_demo_with_130(tmp_path: Path) -> None:
     words = [*PROGRAM, "demo", "--out", str(tmp_path)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # what a shell runs in the background passes over Ctrl-C, and so do its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("Training")
     process.send_signal(signal.SIGINT)
