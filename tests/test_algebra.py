@@ -1,5 +1,6 @@
 """Adapters as values: sums are sums, lower ranks are the nearest, files merge as models do."""
 
+import copy
 import hashlib
 import json
 import math
@@ -38,11 +39,13 @@ from lora_core import (
     resize,
 )
 from lora_core._adapters import layers_with
-from lora_core._algebra import AlgebraReport, LayerResult, extraction, ranks
+from lora_core._algebra import extraction, ranks
 from lora_core._algebra.combination import METHODS, dropped_entries
+from lora_core._algebra.comparison import difference_of
 from lora_core._config import AdapterConfig
 from lora_core._formats import AdapterLayer, container, native, read
 from lora_core._layers import stored_parts
+from lora_core._reports import AlgebraReport, LayerResult
 from lora_core.testing.laws import train_pretend
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -438,6 +441,31 @@ def test_a_setting_out_of_range_is_named(
         combine([adapter(x=make_layer()) for _ in names], weights, **options)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (nn.Conv2d(3, 4, (2, 3)), nn.Conv2d(3, 4, (3, 2))),
+        (nn.ConvTranspose2d(3, 4, (2, 3)), nn.ConvTranspose2d(3, 4, (3, 2))),
+        (nn.ConvTranspose1d(3, 4, 3), nn.ConvTranspose1d(3, 6, 2)),
+        (nn.Bilinear(2, 6, 4), nn.Bilinear(3, 4, 4)),
+    ],
+    ids=["conv", "conv_transpose", "channels", "bilinear"],
+)
+def test_layers_whose_matrices_alone_agree_are_not_combined(
+    one: nn.Module, other: nn.Module
+) -> None:
+    layers = []
+    for host in (one, other):
+        model = nn.Sequential(copy.deepcopy(host))
+        lora_core.inject(model, rank=2, targets=type(host))
+        layers.append(lora_core.adapter_of(model, "default"))
+    with pytest.raises(MismatchError, match=r"^Adapters must be for the same layers, but '0' is"):
+        combine(layers, [1, 1])
+    gap, why = difference_of(*(each.layers["0"] for each in layers))
+    assert gap == math.inf
+    assert why.startswith("for a kernel (")
+
+
 def test_adapters_of_different_models_are_not_combined() -> None:
     a = adapter(x=make_layer())
     for layer, shown in [
@@ -456,6 +484,8 @@ def test_adapters_of_different_models_are_not_combined() -> None:
     tall = replace(wide, parts={**wide.parts, "lora_A": wide.parts["lora_A"].mT.contiguous()})
     with pytest.raises(MismatchError, match="^Adapters must be for the same layers"):
         combine([adapter(x=wide), adapter(x=tall)], [1, 1])
+    unlike = (math.inf, "for a kernel (3, 2) in one, (2, 3) in the other")
+    assert difference_of(wide, tall) == unlike
     stem = adapter("b", lora_unet_x=replace(make_layer(), spelling="stem"))
     with pytest.raises(MismatchError) as caught:
         combine([a, stem], [1, 1])

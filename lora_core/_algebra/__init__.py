@@ -8,16 +8,11 @@ from lora_core._algebra.factors import form_of, norm_of
 from lora_core._algebra.file_merge import Conv1D, merge_file
 from lora_core._algebra.places import hosts_of
 from lora_core._algebra.ranks import resize
-from lora_core._algebra.results import AlgebraReport, FileMergeReport, LayerResult, Told
 from lora_core._algebra.spectrum import one_thread
 
 __all__ = [
-    "AlgebraReport",
     "Comparison",
     "Conv1D",
-    "FileMergeReport",
-    "LayerResult",
-    "Told",
     "combine",
     "compare",
     "extract",

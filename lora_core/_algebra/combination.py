@@ -28,11 +28,12 @@ from lora_core._algebra.factors import (
     widened,
 )
 from lora_core._algebra.ranks import Limit, check_limit, cut, subspace_rank, unheard
-from lora_core._algebra.results import Teller, Told
 from lora_core._algebra.spectrum import dense_spectrum, distance, over, spectrum
 from lora_core._config import check_dtype, check_finite, check_name
 from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter, AdapterLayer
+from lora_core._layers import kind_named
+from lora_core._reports import Teller, Told
 
 T = TypeVar("T")
 Method = Literal["sum", "ties", "dare", "magnitude_prune"]
@@ -262,7 +263,7 @@ def summed(
         error = 0.0 if kept or dtype.itemsize >= 4 else distance(_asked(alive), scaled(made))
         return made, error
     lora_A, lora_B = _asked(alive)
-    silent = unheard(like.kind, lora_A)
+    silent = unheard(kind_named(like.kind), lora_A)
     found = spectrum(lora_A, lora_B)
     return cut(found, limit, like, dtype, silent=silent, among=among, bias=bias)
 
@@ -378,7 +379,8 @@ def mixed(
     mixture = METHODS[method](updates, density, generator)
     found = dense_spectrum(mixture, subspace_rank(mixture, limit), generator)
     found = found._replace(terms=float(updates.double().norm()))
-    silent = unheard(like.kind, torch.cat([matrices(layer)[0] for layer in layers], dim=-2))
+    down = torch.cat([matrices(layer)[0] for layer in layers], dim=-2)
+    silent = unheard(kind_named(like.kind), down)
     dtype = _widest(layers) if dtype is None else dtype
     return cut(found, limit, like, dtype, silent=silent, among=layers)
 

@@ -11,12 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core._algebra.factors import form_of, norm_of, parts_of, scaled, widened
+from lora_core._algebra.factors import (
+    form_of,
+    kernel_of,
+    may_be_turned,
+    norm_of,
+    parts_of,
+    scaled,
+    widened,
+)
 from lora_core._algebra.spectrum import one_thread, product_norm
 from lora_core._errors import MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.deltas import dense_delta
 from lora_core._formats.spelling import TEXT_MODEL, Place, places_of
+from lora_core._layers import WEIGHT
 
 
 class Key(NamedTuple):
@@ -237,6 +246,9 @@ def difference_of(one: AdapterLayer, other: AdapterLayer) -> tuple[float, str]:
         sizes = [(*B.shape[:-1], A.shape[-1]) for A, B in (mine, theirs)]
         if sizes[0] != sizes[1]:
             return math.inf, f"for a weight {sizes[0]} in one, {sizes[1]} in the other"
+        kernels = kernel_of(one), kernel_of(other)
+        if kernels[0] != kernels[1]:
+            return math.inf, f"for a kernel {kernels[0]} in one, {kernels[1]} in the other"
         gaps.append(_product_gap(mine, theirs))
         parts = parts_of(one), parts_of(other)
     elif one.config is None and other.config is None:
@@ -293,9 +305,9 @@ def _dense(layer: AdapterLayer, like: Tensor | None) -> Mapping[str, Tensor]:
         return {"weight": torch.tensor([norm]), **found}
     sizes = layer.parts["lora_B"].shape[0], layer.parts["lora_A"].shape[-1]
     # stored (in, out), as GPT-2's; of a square one the file must say so
-    turned = layer.kind in ("linear", "matrix") and like.shape == sizes[::-1] != sizes
+    turned = may_be_turned(layer) and like.shape == sizes[::-1] != sizes
     zeros = torch.zeros((), dtype=torch.float64).expand(like.shape)
-    kind = "weight" if like.ndim == 1 else ""  # a vector is a row
+    kind = WEIGHT.name if like.ndim == 1 else ""  # a vector is a row
     weight = dense_delta("", layer, zeros, kind=kind, transposed=turned or None)
     return {"weight": weight, **found}
 

@@ -14,13 +14,13 @@ from lora_core._algebra.checkpoints import DTYPES, open_checkpoint
 from lora_core._algebra.factors import check_result, check_seed
 from lora_core._algebra.places import MOST_DIMENSIONS, Place, place_of
 from lora_core._algebra.ranks import Limit, check_limit, cut, subspace_rank, unheard
-from lora_core._algebra.results import Teller, Told
 from lora_core._algebra.spectrum import dense_spectrum, is_finite
 from lora_core._config import AdapterConfig, check_dtype, check_name
 from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._injection import walk
-from lora_core._layers import PROJECTIONS, LoRAMixin, kind_for, kind_named
+from lora_core._layers import PROJECTIONS, Kind, LoRAMixin, kind_for, kind_of_shape
+from lora_core._reports import Teller, Told
 
 Model = nn.Module | str | os.PathLike[str]
 
@@ -47,14 +47,12 @@ class _Layer(NamedTuple):
     Attributes:
         name: Its name.
         place: Where its weight is.
-        kind: Its kind, as in `AdapterLayer`.
-        matrix: Makes the matrix that its factors multiply to of its weight.
+        kind: Its kind.
     """
 
     name: str
     place: Place
-    kind: str
-    matrix: Callable[[Tensor], Tensor]
+    kind: Kind
 
 
 def extract(
@@ -146,16 +144,14 @@ def extract(
             if not difference.any():
                 tell(layer.name, 0, 0.0)
                 continue
-            matrix = layer.matrix(difference)
+            matrix = layer.kind.matrix(difference)
             found = dense_spectrum(matrix, subspace_rank(matrix, limit, svd), generator)
             one = AdapterConfig(rank=1, alpha=1.0, dropout=0.0, dtype=dtype)
-            shapes = {"lora_A": (1, *difference.shape[1:])}
-            if kind_named(layer.kind).own_layout:
-                shapes = kind_named(layer.kind).fitting(tuple(difference.shape), one)
-            like = AdapterLayer(
-                layer.kind, one, {n: torch.empty(s, device="meta") for n, s in shapes.items()}
-            )
-            result, lost = cut(found, limit, like, dtype, silent=unheard(layer.kind, matrix))
+            shapes = layer.kind.fitting(tuple(difference.shape), one)
+            parts = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
+            like = AdapterLayer(layer.kind.name, one, parts)
+            silent = unheard(layer.kind, matrix)
+            result, lost = cut(found, limit, like, dtype, silent=silent)
             check_result(layer.name, result, lost)
             del difference, matrix, found
             # copies, made when all that is large is gone: a factor that lives on between two large
@@ -262,7 +258,7 @@ def _of_model(
         if place in found and candidate.name == place.tensor:
             continue
         if candidate.adaptable and not candidate.problem:
-            found[place] = _Layer(candidate.name, place, kind.name, kind.matrix)
+            found[place] = _Layer(candidate.name, place, kind)
     packed = {place.tensor for place in found if place.part is not None}
     for place, layer in found.items():  # by its parts, or whole
         if place.part is not None or place.tensor not in packed:
@@ -272,12 +268,7 @@ def _of_model(
 def _of_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: frozenset[str]) -> Iterator[_Layer]:
     for name, shape in shapes.items():
         if name in tensors and name.endswith(".weight") and 2 <= len(shape) <= MOST_DIMENSIONS:
-            kind = "linear" if len(shape) == 2 else "conv"
-            yield _Layer(name.removesuffix(".weight"), Place(name), kind, _flat)
-
-
-def _flat(weight: Tensor) -> Tensor:
-    return weight.flatten(1)
+            yield _Layer(name.removesuffix(".weight"), Place(name), kind_of_shape(shape))
 
 
 def _difference(layer: _Layer, base: _Side, tuned: _Side) -> Tensor:

@@ -13,12 +13,9 @@ from lora_core._algebra.spectrum import is_finite
 from lora_core._config import AdapterConfig
 from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter, AdapterLayer
-from lora_core._layers import filed_kinds, kind_named, non_finite
+from lora_core._layers import kind_named, may_be_one, non_finite
 
 _DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-# what a factor of two dimensions may be for
-_FLAT = {"linear", "weight", "matrix"}
-_FACTORED = {*filed_kinds(), *_FLAT}
 _FORMS = {
     "lora_mid": "Tucker",
     "lora_magnitude": "DoRA",
@@ -75,7 +72,17 @@ def check_result(name: str, layer: AdapterLayer, error: float) -> None:
 
 def is_factored(layer: AdapterLayer) -> bool:
     """Whether a layer is factors, and no plain difference or value."""
-    return layer.config is not None and layer.kind in _FACTORED
+    return layer.config is not None
+
+
+def is_read(layer: AdapterLayer) -> bool:
+    """Whether a layer is factors of a parameter that is read."""
+    return is_factored(layer) and kind_named(layer.kind).is_read
+
+
+def may_be_turned(layer: AdapterLayer) -> bool:
+    """Whether a layer is factors of a matrix that some models store ``(in, out)``."""
+    return is_factored(layer) and kind_named(layer.kind).may_be_turned
 
 
 def is_linear(layer: AdapterLayer) -> bool:
@@ -168,9 +175,8 @@ def compatible(name: str, layers: Sequence[AdapterLayer]) -> AdapterLayer:
     """
     first, *others = sorted(layers, key=lambda layer: layer.kind == "matrix")
     for layer in others:
-        kinds = {first.kind, layer.kind}
-        alike = len(kinds) == 1 or kinds <= _FLAT or kinds <= {"conv", "matrix"}
-        if not alike or sizes(first) != sizes(layer) or _kernel(first) != _kernel(layer):
+        alike = may_be_one(first.kind, layer.kind) and sizes(first) == sizes(layer)
+        if not alike or kernel_of(first) != kernel_of(layer):
             refuse_unlike(name, first, layer)
     return first
 
@@ -188,11 +194,9 @@ def _described(layer: AdapterLayer) -> str:
     return f"of the kind {layer.kind!r} with {shapes}"
 
 
-def _kernel(layer: AdapterLayer) -> tuple[int, ...]:
-    """The kernel of a convolution's update, () where it is one number or there is none."""
-    part = "lora_mid" if layer.settings.tucker else "lora_A"
-    kernel = tuple(layer.parts[part].shape[2:]) if layer.kind == "conv" else ()
-    return kernel if any(k > 1 for k in kernel) else ()
+def kernel_of(layer: AdapterLayer) -> tuple[int, ...]:
+    """The sizes in which layers of equal `sizes` differ, as of 3x1 and 1x3; () where none do."""
+    return kind_named(layer.kind).kernel(layer.parts)
 
 
 def rebuilt(
@@ -214,17 +218,11 @@ def rebuilt(
         among: Settings of the training are kept where these layers agree on them.
         bias: What is added to the layer's bias.
     """
-    (lora_A, lora_B), old = factors, like.settings
-    rank = lora_A.shape[-2]
-    kind = kind_named(like.kind)
-    if kind.own_layout:
-        lora_A = kind.laid_out("lora_A", lora_A, _at_rank(like, "lora_A", rank))
-        lora_B = kind.laid_out("lora_B", lora_B, _at_rank(like, "lora_B", rank))
-    elif like.kind == "conv":
-        wide = like.parts["lora_mid" if old.tucker else "lora_A"].shape[2:]
-        lora_A = lora_A.reshape(rank, -1, *wide)
-        lora_B = lora_B.reshape(-1, rank, *[1] * len(wide))
-    parts = {"lora_A": lora_A.to(dtype).contiguous(), "lora_B": lora_B.to(dtype).contiguous()}
+    rank = factors[0].shape[-2]
+    parts = {
+        part: _laid_out(like, part, matrix, rank).to(dtype).contiguous()
+        for part, matrix in zip(("lora_A", "lora_B"), factors, strict=True)
+    }
     if bias is not None:
         parts["lora_bias"] = bias.to(dtype)
     config = AdapterConfig(
@@ -233,12 +231,15 @@ def rebuilt(
     return replace(like, config=config, parts=parts)
 
 
-def _at_rank(like: AdapterLayer, part: str, rank: int) -> tuple[int, ...]:
-    """The shape of a factor if it were of another rank."""
+def _laid_out(like: AdapterLayer, part: str, matrix: Tensor, rank: int) -> Tensor:
+    """A plain factor of this rank that is a matrix, in the layout of another layer's."""
+    kind = kind_named(like.kind)
     shape = list(like.parts[part].shape)
-    for dim in kind_named(like.kind).ranks_of(part):
+    if part == "lora_A" and like.settings.tucker:
+        shape[2:] = like.parts["lora_mid"].shape[2:]  # the core and it become one
+    for dim in kind.ranks_of(part):
         shape[dim] = rank
-    return tuple(shape)
+    return kind.laid_out(part, matrix, tuple(shape))
 
 
 def _agreed(layers: Sequence[AdapterLayer]) -> dict[str, Any]:

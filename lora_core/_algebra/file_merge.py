@@ -20,17 +20,17 @@ from lora_core._algebra.checkpoints import (
     open_checkpoint,
     respliced,
 )
-from lora_core._algebra.factors import check_adapter
+from lora_core._algebra.factors import check_adapter, is_read
 from lora_core._algebra.places import Located, bias_of, located
-from lora_core._algebra.results import FileMergeReport, Teller, Told
 from lora_core._config import AdapterConfig, check_finite
 from lora_core._errors import ConfigError
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.conforming import changed, conformed, joined
 from lora_core._formats.neutral import part_of
 from lora_core._formats.replacing import new_file, new_folder
-from lora_core._layers import PROJECTIONS, Slot, attach, kind_named
+from lora_core._layers import PROJECTIONS, Slot, attach, kind_named, kind_of_shape
 from lora_core._merging import merge
+from lora_core._reports import FileMergeReport, Teller, Told
 
 _VALUE = "value"
 
@@ -220,8 +220,7 @@ class Hosts:
         else:
             paths = self.layers[tensor]
             first = self.located[paths[0]]
-            is_read = first.place.part is not None or paths[0] == tensor
-            if first.layer.kind == "weight" or is_read:
+            if first.place.part is not None or paths[0] == tensor or is_read(first.layer):
                 made, slots = self._read(paths, values)
                 targets = {
                     slot: self._conformed(path, slot)
@@ -299,8 +298,8 @@ def _without_bias(layer: AdapterLayer) -> AdapterLayer:
 
 def _module(found: Located, weight: Tensor) -> nn.Module:
     """A module without values for a weight."""
-    kind = found.layer.kind
-    if found.layer.config is None:  # of what is whole the file says no kind: it is added as it is
-        kind = "conv" if weight.ndim > 2 else "linear"
-    turned = found.transposed and kind in ("linear", "matrix")
-    return Conv1D() if turned else kind_named(kind).blank(tuple(weight.shape))
+    shape = tuple(weight.shape)
+    # of what is whole the file says no kind: it is added as it is
+    is_whole = found.layer.config is None
+    kind = kind_of_shape(shape) if is_whole else kind_named(found.layer.kind)
+    return Conv1D() if found.transposed and kind.may_be_turned else kind.blank(shape)

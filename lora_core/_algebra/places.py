@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 from lora_core._algebra.checkpoints import DTYPES, Checkpoint, Entry
+from lora_core._algebra.factors import is_read, may_be_turned
 from lora_core._errors import MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter
 from lora_core._formats.conforming import apart
 from lora_core._formats.fitting import fitted
 from lora_core._formats.naming import Host, resolve
 from lora_core._formats.neutral import AdapterLayer
-from lora_core._layers import PROJECTIONS
+from lora_core._layers import PROJECTIONS, WEIGHT
 
 _PACKED = "in_proj_weight"
 MOST_DIMENSIONS = 5  # of a convolution's kernel
@@ -252,7 +253,7 @@ def _orientations(
     told, square = {}, []
     for path, layer in layers.items():
         shape = checkpoint.entries[places[path].tensor].shape
-        if layer.kind not in ("linear", "matrix") or len(shape) != 2:
+        if not may_be_turned(layer) or len(shape) != 2:
             continue
         if shape[0] == shape[1]:
             square.append(path)
@@ -280,6 +281,6 @@ def _fitted(
     transposed: bool,
 ) -> AdapterLayer:
     shape = place.shape(entries[place.tensor].shape)
-    read = place.part is not None or place.tensor == path  # a parameter, by its own name
-    kind = "weight" if read or layer.kind == "weight" else ""
+    own = place.part is not None or place.tensor == path  # a parameter, by its own name
+    kind = WEIGHT.name if own or is_read(layer) else ""
     return fitted(path, layer, shape[::-1] if transposed else shape, kind)

@@ -14,12 +14,12 @@ from lora_core._algebra.factors import (
     scaled,
     widened,
 )
-from lora_core._algebra.results import Teller, Told
 from lora_core._algebra.spectrum import Spectrum, distance, spectrum
 from lora_core._config import check_dtype
 from lora_core._errors import ConfigError
 from lora_core._formats import Adapter, AdapterLayer
-from lora_core._layers import kind_named
+from lora_core._layers import Kind, kind_named
+from lora_core._reports import Teller, Told
 
 _EXACT = 1024  # a larger matrix takes seconds to decompose whole
 
@@ -119,12 +119,12 @@ def cut(
     return made, error
 
 
-def unheard(kind: str, lora_A: Tensor) -> Tensor | None:
+def unheard(kind: Kind, lora_A: Tensor) -> Tensor | None:
     """Which entries of an embedding an update has nothing but zeros for, ``(in,)``.
 
     Its padding must stay among them, whatever rounding makes of zeros. None for other layers.
     """
-    return (lora_A == 0).all(0) if kind_named(kind).takes_indices else None
+    return (lora_A == 0).all(0) if kind.takes_indices else None
 
 
 def resize(
@@ -199,6 +199,6 @@ def _resized(
         limit,
         layer,
         layer.settings.dtype if dtype is None else dtype,
-        silent=unheard(layer.kind, lora_A),
+        silent=unheard(kind_named(layer.kind), lora_A),
         bias=None if bias is None else widened(bias),
     )

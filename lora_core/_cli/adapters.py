@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lora_core._algebra import AlgebraReport, LayerResult
 from lora_core._cli.answers import Answer
 from lora_core._cli.arguments import FORMATS, by_module
 from lora_core._cli.headers import named, open_bases
@@ -17,6 +16,7 @@ from lora_core._config import check_name
 from lora_core._errors import ConfigError
 from lora_core._formats import Adapter, peft, read
 from lora_core._formats.writing import write as write_file
+from lora_core._reports import AlgebraReport, LayerResult
 
 
 def read_one(path: Path, args: argparse.Namespace) -> Adapter:

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from lora_core._algebra import Conv1D, hosts_of, open_checkpoint
+from lora_core._algebra.factors import may_be_turned
 from lora_core._errors import ConfigError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._formats.fitting import fitted
 from lora_core._formats.naming import Resolution, resolve
 from lora_core._formats.spelling import places_of
-from lora_core._layers import PROJECTIONS
+from lora_core._layers import PROJECTIONS, WEIGHT
 
 Shapes = Mapping[str, tuple[int, ...]]
 PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior")
@@ -133,7 +134,7 @@ def named(adapter: Adapter, bases: Mapping[str, Shapes], where: str) -> Adapter:
 
 
 def _fitted(path: str, layer: AdapterLayer, shape: tuple[int, ...], where: str) -> AdapterLayer:
-    kind = "weight" if path.rpartition(".")[2] in PROJECTIONS else ""
+    kind = WEIGHT.name if path.rpartition(".")[2] in PROJECTIONS else ""
     turned = layer.transposed or _is_turned(layer, shape)
     layer = fitted(path, layer, shape[::-1] if turned else shape, kind, where)
     return replace(layer, transposed=turned)
@@ -141,7 +142,7 @@ def _fitted(path: str, layer: AdapterLayer, shape: tuple[int, ...], where: str) 
 
 def _is_turned(layer: AdapterLayer, shape: tuple[int, ...]) -> bool:
     """Whether a matrix that is not square fits as one that is stored (in, out)."""
-    if layer.config is None or layer.kind not in ("linear", "matrix") or len(shape) != 2:
+    if not may_be_turned(layer) or len(shape) != 2:
         return False
     sizes = layer.parts["lora_A"].shape[1], layer.parts["lora_B"].shape[0]
     return shape[0] != shape[1] and sizes == shape

@@ -39,8 +39,9 @@ def add(commands: "Commands") -> None:
 
 
 def _run(args: argparse.Namespace) -> Answer:
-    from lora_core._algebra import AlgebraReport, merge_file
+    from lora_core._algebra import merge_file
     from lora_core._cli.adapters import check_free, errors, read_one
+    from lora_core._reports import AlgebraReport
 
     check_free(args.out, force=args.force)
     adapter = read_one(args.adapter, args)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from lora_core._algebra import LayerResult
+    from lora_core._reports import LayerResult
 
 _WIDTH = 30  # characters of a full bar
 _PATIENCE = 2.0  # seconds before the first line where there is no terminal

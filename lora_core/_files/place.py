@@ -16,7 +16,7 @@ from lora_core._formats.bases import rebased
 from lora_core._formats.conforming import apart, changed, conformed, joined
 from lora_core._formats.naming import Host, Resolution, resolve
 from lora_core._injection import Candidate
-from lora_core._layers import Slot, kind_of, peek
+from lora_core._layers import LINEAR, Slot, kind_named, kind_of, may_be_one, peek
 
 
 def as_models(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -72,7 +72,7 @@ class Found(NamedTuple):
 
 def found_in(file: Adapter, candidates: Candidates, where: str) -> Found:
     """Finds each layer's module, or for what is whole the parameters, where it is no layer."""
-    read = any(layer.kind == "weight" for layer in file.layers.values())
+    read = any(x.config is not None and kind_named(x.kind).is_read for x in file.layers.values())
     first = resolve(file.layers, _hosts(candidates, vectors=read), where)
     wholes = {name: layer for name, layer in file.layers.items() if layer.config is None}
     lost = {name: layer for name, layer in wholes.items() if name in first.missing}
@@ -413,11 +413,11 @@ def _misfit(name: str, candidate: Candidate, layer: AdapterLayer) -> str:
     """How a layer differs from the one that its adapter was made for; "" if it doesn't."""
     module = candidate.module
     kind = kind_of(module)
-    if kind.name != layer.kind:
+    if kind.name != layer.kind and not (
         # a matrix is the same whether it is called or read
-        kinds = {"linear", "weight"} if layer.parts["lora_A"].ndim == 2 else {layer.kind}
-        if not {kind.name, layer.kind} <= kinds:
-            return f"{name} (file a layer of kind {layer.kind!r}, model {kind.name!r})"
+        layer.parts["lora_A"].ndim == 2 and may_be_one(kind.name, layer.kind)
+    ):
+        return f"{name} (file a layer of kind {layer.kind!r}, model {kind.name!r})"
     try:
         mine = kind.shapes(module, layer.settings)
     except ValueError:  # too few dimensions for this form
@@ -425,7 +425,7 @@ def _misfit(name: str, candidate: Candidate, layer: AdapterLayer) -> str:
     theirs = {part: p.shape for part, p in layer.parts.items()}
     if mine == theirs:
         return ""
-    if layer.kind == "linear":
+    if kind_named(layer.kind) is LINEAR:
         sizes_there = (layer.parts["lora_A"].shape[1], layer.parts["lora_B"].shape[0])
         return "{} (file {} -> {}, model {} -> {})".format(name, *sizes_there, *kind.sizes(module))
     part = next((p for p in theirs if theirs[p] != mine.get(p)), "lora_A")

@@ -8,7 +8,17 @@ from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explanation import explain
 from lora_core._layers.fit import kind_for, kind_of, layer_config, sizes, why_not
-from lora_core._layers.kind import LINEAR, Kind, filed_kinds, kind_named, peek, runs_as_torch, swap
+from lora_core._layers.kind import (
+    LINEAR,
+    Kind,
+    filed_kinds,
+    kind_named,
+    kind_of_shape,
+    may_be_one,
+    peek,
+    runs_as_torch,
+    swap,
+)
 from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import LoRAMixin, adapted_class, refuse_merged
 from lora_core._layers.parts import (
@@ -92,8 +102,10 @@ __all__ = [
     "kind_for",
     "kind_named",
     "kind_of",
+    "kind_of_shape",
     "layer_config",
     "lock",
+    "may_be_one",
     "non_finite",
     "parts_of",
     "peek",

@@ -1,6 +1,7 @@
 """Adapted bilinear layers."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ class BilinearKind(Kind):
     """
 
     name = "bilinear"
+    also = ()
     words = "a bilinear layer"
     formats = ("lora_core",)
     own_layout = True
@@ -58,6 +60,10 @@ class BilinearKind(Kind):
     def like_weight(self, dense: Tensor, weight: Tensor) -> Tensor:
         """The rows as matrices."""
         return dense.view(weight.shape)
+
+    def kernel(self, parts: Mapping[str, Tensor]) -> Shape:
+        """The two inputs."""
+        return tuple(parts["lora_A"].shape[1:])
 
     def update(self, layer: Any, x: Tensor, update: Update, *more: Any) -> Tensor:
         """The low-rank update of two inputs, of which the first is dropped out."""

@@ -1,6 +1,7 @@
 """Adapted convolutions."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
@@ -22,6 +23,7 @@ class ConvKind(Kind):
     """
 
     name = "conv"
+    also = ("matrix",)
     is_matrix = False
 
     def sizes(self, host: Any) -> tuple[int, int]:
@@ -31,7 +33,11 @@ class ConvKind(Kind):
 
     def shapes(self, host: Any, config: AdapterConfig) -> dict[str, Shape]:
         """The shapes of the parts, as weights of convolutions."""
-        out, size, *kernel = peek(host).shape
+        return self.fitting(tuple(peek(host).shape), config)
+
+    def fitting(self, shape: Shape, config: AdapterConfig) -> dict[str, Shape]:
+        """The kernel is the down-projection's, or the core's."""
+        out, size, *kernel = shape
         rank, ones = config.room, [1] * len(kernel)
         down = (rank, size, *(ones if config.tucker else kernel))
         return self._of(config, down, (out, rank, *ones), size, out, (rank, rank, *kernel))
@@ -63,6 +69,11 @@ class ConvKind(Kind):
     def like_weight(self, dense: Tensor, weight: Tensor) -> Tensor:
         """The rows as kernels."""
         return dense.view(weight.shape)
+
+    def kernel(self, parts: Mapping[str, Tensor]) -> Shape:
+        """That of the update; of a kernel of one number the factors are a matrix's, too."""
+        sizes = tuple(parts.get("lora_mid", parts["lora_A"]).shape[2:])
+        return sizes if any(size > 1 for size in sizes) else ()
 
     def update(self, layer: Any, x: Tensor, update: Update, *more: Any) -> Tensor:  # noqa: ARG002
         """The low-rank update in the convolution's own geometry."""

@@ -22,6 +22,7 @@ class EmbeddingKind(Kind):
     """
 
     name = "embedding"
+    also = ()
     words = "an embedding"
     formats = ("lora_core", "peft")
     is_matrix = False

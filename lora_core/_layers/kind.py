@@ -4,6 +4,7 @@ A kind is one stateless object. Everything that differs between kinds of layers 
 layers, files and the algebra alike; a new kind is a file beside this one and its line in `KINDS`.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ class Kind:
 
     Attributes:
         name: What files call it.
+        also: What else files may call its factors, where their shapes agree.
         words: What messages call an adapter of it that few programs know; "" for what all do.
         formats: The formats that hold it, where there are `words`.
         rank_dims: Where `lora_A` and `lora_B` have their rank.
@@ -84,6 +86,7 @@ class Kind:
     """
 
     name = "linear"
+    also: tuple[str, ...] = ("weight", "matrix")
     words = ""
     formats: tuple[str, ...] = ()
     rank_dims = (0, 1)
@@ -94,6 +97,11 @@ class Kind:
     takes_indices = False
     is_read = False
     follows_weight = False
+
+    @property
+    def may_be_turned(self) -> bool:
+        """Whether some hosts store its weight ``(in, out)``, as GPT-2's Conv1D does."""
+        return self.is_matrix and not self.is_read
 
     # -- the tensors
 
@@ -158,8 +166,12 @@ class Kind:
         return lora_A.flatten(1), lora_B.flatten(1)
 
     def laid_out(self, part: str, matrix: Tensor, shape: Shape) -> Tensor:  # noqa: ARG002
-        """A factor that was drawn as a matrix, in the shape that it has on a layer."""
-        return matrix.view(shape)
+        """A factor that is a matrix, in the shape that it has on a layer."""
+        return matrix.reshape(shape)
+
+    def kernel(self, parts: Mapping[str, Tensor]) -> Shape:  # noqa: ARG002
+        """The sizes in which factors differ whose matrices agree; () where there is one number."""
+        return ()
 
     def ranks_of(self, part: str) -> tuple[int, ...]:
         """The dimensions of a part that count its ranks."""
@@ -262,6 +274,16 @@ NAMED: dict[str, Kind] = {"linear": LINEAR, "matrix": LINEAR}
 def kind_named(name: str) -> Kind:
     """The kind that a file calls so."""
     return NAMED[name]
+
+
+def may_be_one(name: str, other: str) -> bool:
+    """Whether factors that two files, or a file and a model, call so may be for one layer."""
+    return name == other or name in NAMED[other].also or other in NAMED[name].also
+
+
+def kind_of_shape(shape: Shape) -> Kind:
+    """The kind of a weight of which no more is known than its shape."""
+    return NAMED["conv"] if len(shape) > 2 else LINEAR
 
 
 def filed_kinds() -> tuple[str, ...]:

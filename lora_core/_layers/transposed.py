@@ -1,6 +1,7 @@
 """Adapted transposed convolutions."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class TransposedConvKind(Kind):
     """
 
     name = "conv_transpose"
+    also = ()
     words = "a transposed convolution"
     formats = ("lora_core",)
     rank_dims = (0, 0)
@@ -74,6 +76,10 @@ class TransposedConvKind(Kind):
     def laid_out(self, part: str, matrix: Tensor, shape: Shape) -> Tensor:
         """The rank stands first in both factors."""
         return (matrix.T if part == "lora_B" else matrix).reshape(shape)
+
+    def kernel(self, parts: Mapping[str, Tensor]) -> Shape:
+        """What an input channel reaches: channels, and the kernel."""
+        return tuple(parts["lora_B"].shape[1:])
 
     def subtracted(self, lora_A: Tensor, lora_B: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:
         """`functional.subtracted` with the rank first in the up-projection, too."""

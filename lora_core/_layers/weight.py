@@ -73,6 +73,7 @@ class WeightKind(Kind):
     """
 
     name = "weight"
+    also = ("linear", "matrix")
     words = "a parameter that is read"
     formats = ("lora_core",)
     rank_dims = (-2, -1)
@@ -86,8 +87,12 @@ class WeightKind(Kind):
         return int(in_features), int(out_features)
 
     def shapes(self, host: Any, config: AdapterConfig) -> dict[str, Shape]:
-        """The shapes of the parts, the parameter's leading dimensions before them."""
-        *batch, out, size = self.matrix(host.weight).shape
+        """Those for the parameter, or the rows of it that are adapted."""
+        return self.fitting(tuple(host.weight.shape), config)
+
+    def fitting(self, shape: Shape, config: AdapterConfig) -> dict[str, Shape]:
+        """The parameter's leading dimensions stand before both factors'."""
+        *batch, out, size = (1, *shape)[-max(2, len(shape)) :]
         down, up = (*batch, config.room, size), (*batch, out, config.room)
         every = {"lora_A": down, "lora_B": up, "lora_A0": down, "lora_B0": up}
         return {part: every[part] for part in config.parts if part in every}

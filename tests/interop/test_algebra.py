@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lora_core import Adapter, combine
-from lora_core._algebra import LayerResult
 from lora_core._config import AdapterConfig
 from lora_core._formats import AdapterLayer
+from lora_core._reports import LayerResult
 
 peft = pytest.importorskip("peft")
 

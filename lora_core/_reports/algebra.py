@@ -1,9 +1,9 @@
 """What the verbs of the algebra say of each layer while they work, and of all at the end."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from lora_core._reports import table
+from lora_core._reports.table import table
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,34 +75,3 @@ class Teller:
         self.worst = max(self.worst, error)
         if self._told is not None:
             self._told(LayerResult(name, rank, error, self._done, self._total))
-
-
-@dataclass(frozen=True, slots=True)
-class FileMergeReport:
-    """What `merge_file` wrote.
-
-    Attributes:
-        path: Where.
-        adapter: The adapter's name.
-        strength: How strongly it was added.
-        layers: By layer, the share of its update that rounding lost, as in `MergeReport`.
-        changed: How many tensors are new.
-        untouched: How many are the base's, byte for byte.
-        nbytes: Bytes of the file, or of all shards together.
-    """
-
-    path: str
-    adapter: str
-    strength: float
-    layers: Mapping[str, float] = field(default_factory=dict)
-    changed: int = 0
-    untouched: int = 0
-    nbytes: int = 0
-
-    def __str__(self) -> str:
-        worst = max(self.layers.values(), default=0.0)
-        return (
-            f"merged {self.adapter} x {self.strength:g} into {self.path}: {self.changed} tensors"
-            f" changed, {self.untouched} copied, {self.nbytes:,} bytes; rounding lost at most"
-            f" {worst:.2%} of an update"
-        )

@@ -1,0 +1,122 @@
+"""How the adapters of a model stand."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_core._reports.table import table
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """One adapter as it stands on a model.
+
+    Attributes:
+        name: The adapter's name.
+        layers: Names of the layers it is on.
+        ranks: Its ranks, sorted, each once.
+        scales: Its scales, sorted, each once: what a strength multiplies.
+        parameters: Numbers in its factors.
+        nbytes: Bytes of its factors.
+        strengths: Its strengths where it is active, each once; empty where it is nowhere active.
+        trainable: Whether any of its factors requires a gradient.
+        merged: Whether it is merged into the weights.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    parameters: int
+    nbytes: int
+    strengths: tuple[float | tuple[float, ...], ...]
+    trainable: bool
+    merged: bool
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes part in a forward."""
+        return bool(self.strengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The adapters of a model and how they stand.
+
+    Attributes:
+        adapters: One entry per adapter, in order of arrival.
+        trainable: Numbers in the model that train.
+        total: Numbers in the model.
+    """
+
+    adapters: tuple[AdapterSummary, ...]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        def joined(values: Sequence[float | tuple[float, ...]]) -> str:
+            return ", ".join(map(_shown, values)) or "-"
+
+        rows = [
+            (
+                a.name,
+                len(a.layers),
+                joined(a.ranks),
+                joined(a.scales),
+                a.parameters,
+                a.nbytes,
+                joined(a.strengths),
+                "yes" if a.trainable else "no",
+                "yes" if a.merged else "no",
+            )
+            for a in self.adapters
+        ]
+        header = (
+            "adapter",
+            "layers",
+            "rank",
+            "scale",
+            "parameters",
+            "bytes",
+            "strength",
+            "trains",
+            "merged",
+        )
+        share = self.trainable / max(self.total, 1)
+        tail = f"{self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
+        return f"{table(header, rows)}\n{tail}" if rows else f"no adapters; {tail}"
+
+
+def _shown(value: float | tuple[float, ...]) -> str:
+    many = isinstance(value, tuple)
+    return "per sample" if many else f"{value:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class NormReport:
+    """What `limit_norm` found, and what it scaled down.
+
+    Attributes:
+        max_norm: The limit.
+        before: By adapter and layer, the norm of the update before.
+    """
+
+    max_norm: float
+    before: Mapping[str, Mapping[str, float]]
+
+    @property
+    def limited(self) -> dict[str, tuple[str, ...]]:
+        """By adapter, the layers that were above the limit."""
+        return {
+            adapter: tuple(layer for layer, norm in norms.items() if norm > self.max_norm)
+            for adapter, norms in self.before.items()
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for adapter, norms in self.before.items():
+            above = len(self.limited[adapter])
+            lines.append(
+                f"limited {above} of {len(norms)} layers of {adapter!r} to a norm of"
+                f" {self.max_norm:g}; the largest was {max(norms.values()):g}"
+            )
+        return "\n".join(lines)
