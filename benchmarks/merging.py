@@ -6,8 +6,9 @@
 Layers of the shapes of Stable Diffusion 1.5's attention projections, and 500 of 32x32; rank 4, one
 CPU thread. Every figure comes from processes that do nothing else: the first call of one is cold,
 its memory still to be had from the system; the cheapest of the next is warm. The floor of a merge
-that keeps copies is `addmm` into new tensors, that of one in place is `addmm_`. Contenders take
-turns, and the cheapest of all turns counts, in CPU time.
+that keeps copies is `addmm` into new tensors, that of one in place is `addmm_`. Shown beside is the
+least that one in place must do: apply the scale, and know before the first write that no sum will
+overflow. Contenders take turns, and the cheapest of all turns counts, in CPU time.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from torch import Tensor, nn
 import lora_core
 from benchmarks.options import add_outputs, write_json
 
-RANK, WARM = 4, 3
+RANK, SCALE, WARM = 4, 1.0, 3
 SHAPES = Path(__file__).parent / "data" / "sd15_unet.json"
 _ENDS = ("to_q", "to_k", "to_v", "to_out.0")
 CASES = ("sd15", "500", "quick")
-ADDMM, PASS = "addmm", "addmm_"
+ADDMM, PASS, LEAST = "addmm", "addmm_", "least in place"
 FORMS: dict[str, bool | Literal["compact"]] = {"copy": True, "compact": "compact", "no": False}
 FLOORS = {"copy": ADDMM, "compact": ADDMM, "no": PASS}
 
@@ -80,6 +81,12 @@ class _Contender:
         elif self.name == PASS:
             for w, (B, A) in pairs:
                 w.addmm_(B, A)
+        elif self.name == LEAST:
+            read = (self.weights, *zip(*self.factors, strict=True))
+            w, B, A = (torch.stack(torch._foreach_norm(list(tensors))) for tensors in read)
+            assert bool((w + B * A < torch.finfo(w.dtype).max).all())
+            for weight, (up, down) in pairs:
+                weight.addmm_(up * SCALE, down)
         else:
             report = lora_core.merge(self.model, reversible=FORMS[self.name])
             if report.kept is not None:
@@ -121,7 +128,7 @@ def measured(case: str, dtype: str, turns: int) -> dict[str, dict[str, float]]:
     """By contender: cold and warm CPU seconds of both verbs, and the share of a copy kept."""
     found: dict[str, dict[str, float]] = {}
     for _ in range(turns):
-        for contender in (ADDMM, PASS, *FORMS):
+        for contender in (ADDMM, PASS, LEAST, *FORMS):
             command = [sys.executable, "-m", "benchmarks.merging", "--child", case, contender]
             done = subprocess.run([*command, dtype], capture_output=True, text=True, check=True)
             one = json.loads(done.stdout)
@@ -136,14 +143,14 @@ def measured(case: str, dtype: str, turns: int) -> dict[str, dict[str, float]]:
 def ratios(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """By form: its merge over the floor and over the copying one, its unmerge over its merge."""
     rows = {}
-    for form, floor in FLOORS.items():
+    for form, floor in {**FLOORS, LEAST: PASS}.items():
         row = {"kept": found[form]["kept"]}
         for when in ("cold", "warm"):
             row[f"merge, {when}"] = found[form][f"merge, {when}"] / found[floor][f"merge, {when}"]
             row[f"over copying, {when}"] = (
                 found[form][f"merge, {when}"] / found["copy"][f"merge, {when}"]
             )
-            if FORMS[form]:
+            if FORMS.get(form):
                 verb = f"unmerge, {when}"
                 row[verb] = found[form][verb] / found[form][f"merge, {when}"]
         rows[form] = row
@@ -156,11 +163,11 @@ def as_text(case: str, dtype: str, rows: dict[str, dict[str, float]]) -> str:
     columns += ["unmerge, cold", "unmerge, warm", "kept"]
     lines = [
         f"{case}, {dtype}: merge over its floor and over the copying form; unmerge over merge",
-        f"  {'':<10}" + "".join(f"{column:>20}" for column in columns),
+        f"  {'':<16}" + "".join(f"{column:>20}" for column in columns),
     ]
     for form, row in rows.items():
         shown = [f"{row[column]:.2f}" if column in row else "-" for column in columns]
-        lines.append(f"  {form:<10}" + "".join(f"{text:>20}" for text in shown))
+        lines.append(f"  {form:<16}" + "".join(f"{text:>20}" for text in shown))
     return "\n".join(lines)
 
 

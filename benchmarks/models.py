@@ -3,9 +3,9 @@
     python -m benchmarks.models --json build/models.json
 
 A small UNet of diffusers and a small Llama of transformers, with random weights, each beside the
-frozen model and the same adapters of PEFT and loralib. Wants the extra `bench`; `--without-peers`
-runs without them. One CPU thread and no network. docs/benchmarks.md says how to read what it
-prints.
+frozen model and the same adapters of PEFT, of loralib and written by hand. Wants the extra `bench`;
+`--without-peers` runs without them. One CPU thread and no network. docs/benchmarks.md says how to
+read what it prints.
 """
 
 import argparse
@@ -36,8 +36,12 @@ from benchmarks.options import add_outputs, at_least_one, write_json
 
 RANK, ROUNDS = 4, 21
 SEVERAL = 3
-OURS_SEVERAL, PEFT_SEVERAL = f"{OURS}, {SEVERAL} adapters", f"{PEFT}, {SEVERAL} adapters"
-NAMES = (FROZEN, OURS, PEFT, LORALIB, OURS_SEVERAL, PEFT_SEVERAL)
+BY_HAND = "by hand"
+OURS_SEVERAL, PEFT_SEVERAL, BY_HAND_SEVERAL = (
+    f"{name}, {SEVERAL} adapters" for name in (OURS, PEFT, BY_HAND)
+)
+ALONE = (FROZEN, OURS, BY_HAND, OURS_SEVERAL, BY_HAND_SEVERAL)  # that need no other library
+NAMES = (*ALONE[:2], PEFT, LORALIB, BY_HAND, OURS_SEVERAL, PEFT_SEVERAL, BY_HAND_SEVERAL)
 STEP, INFERENCE = "step", "inference"
 _TOLERANCE = 1e-4  # relative, in the Frobenius norm
 # model -> step and inference over the frozen model's, three adapters beyond one
@@ -246,7 +250,35 @@ def _loralib(model: nn.Module, case: Case, names: Sequence[str]) -> tuple[nn.Mod
     return model, [factors]
 
 
-_LIBRARIES = {OURS: _ours, PEFT: _peft, LORALIB: _loralib}
+class _ByHand(nn.Module):
+    """The formula over a layer's weight: no names, no choice, nothing that could be left out."""
+
+    def __init__(self, host: nn.Linear, several: int) -> None:
+        super().__init__()
+        self.weight, self.bias = host.weight, host.bias
+        outs, ins = host.weight.shape
+        self.lora_A = nn.ParameterList(torch.empty(RANK, ins) for _ in range(several))
+        self.lora_B = nn.ParameterList(torch.empty(outs, RANK) for _ in range(several))
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = nn.functional.linear(x, self.weight, self.bias)
+        if len(self.lora_A) == 1:
+            lora_A, lora_B = self.lora_A[0], self.lora_B[0]
+        else:
+            lora_A, lora_B = torch.cat(list(self.lora_A)), torch.cat(list(self.lora_B), 1)
+        out: Tensor = base + nn.functional.linear(x, lora_A) * SCALE @ lora_B.T
+        return out
+
+
+def _by_hand(model: nn.Module, case: Case, names: Sequence[str]) -> tuple[nn.Module, list[Factors]]:
+    layers = {path: _ByHand(host, len(names)) for path, host in _linears(model, case).items()}
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+    several = range(len(names))
+    return model, [[(m.lora_A[i], m.lora_B[i]) for m in layers.values()] for i in several]
+
+
+_LIBRARIES = {OURS: _ours, PEFT: _peft, LORALIB: _loralib, BY_HAND: _by_hand}
 
 
 def build(name: str, case: Case, base: nn.Module) -> Contender:
@@ -469,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     chosen = [arguments.only] if arguments.only else list(CASES)
     cases = [QUICK] if arguments.quick else [CASES[name] for name in chosen]
-    names = [n for n in NAMES if peers or n in (FROZEN, OURS, OURS_SEVERAL)]
+    names = [n for n in NAMES if peers or n in ALONE]
     rounds = arguments.rounds or (2 if arguments.quick else ROUNDS)
     results: dict[str, Result] = {}
     with one_thread():

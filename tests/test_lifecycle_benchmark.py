@@ -120,7 +120,7 @@ def test_the_command_writes_its_json(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_each_form_of_a_merge_is_weighed_against_its_floor() -> None:
     found = {}
-    for name in (merging.ADDMM, merging.PASS, *merging.FORMS):
+    for name in (merging.ADDMM, merging.PASS, merging.LEAST, *merging.FORMS):
         done = merging.child("quick", name, torch.float32)
         assert [len(times) for times in done["costs"].values()] == [1 + merging.WARM] * 2
         found[name] = {"kept": done["kept"]}
