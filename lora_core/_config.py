@@ -330,7 +330,7 @@ class AdapterConfig:
     @cached_property
     def recipe(self) -> Recipe:
         """What a forward goes by."""
-        return Recipe(*(getattr(self, key) for key in Recipe._fields))
+        return Recipe(*[getattr(self, key) for key in Recipe._fields])
 
     @cached_property
     def shown(self) -> str:

@@ -98,3 +98,19 @@ def test_layers_that_share_settings_and_layers_that_do_not_are_one_graph(verb, t
     lora_core.scales(model, slot=0.3)
     torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
+
+
+def block() -> nn.ModuleDict:
+    return nn.ModuleDict({n: nn.Linear(32, 32) for n in ("to_q", "to_k", "to_v")})
+
+
+def test_an_injection_of_three_layers_passes_few_functions():
+    models = [block(), block()]  # one for what is remembered
+    assert frames(lambda: lora_core.inject(models.pop(), rank=4)) <= 350
+
+
+def test_a_file_of_three_layers_passes_few_functions(tmp_path):
+    path, unets = tmp_path / "a.safetensors", [block() for _ in range(3)]
+    lora_core.inject(unets[0], rank=4)
+    lora_core.save({"unet": unets.pop(0)}, path, format="kohya")
+    assert frames(lambda: lora_core.load({"unet": unets.pop()}, path)) <= 920

@@ -116,12 +116,11 @@ def unregistered(candidates: Sequence[Candidate]) -> list[Candidate]:
     (_, root), seen = held[0], {module for _, module in held}
     found = []
     for name, holder in held:  # which grows
-        values = [
-            (key, v)
-            for key, v in vars(holder).items()
-            if key not in _NO_PARTS and isinstance(v, _HOLDERS)
-        ]
-        for tail, module, kind in (it for key, v in values for it in _modules_in(v, key, _DEEPEST)):
+        inside: list[tuple[str, nn.Module, str]] = []
+        for key, value in vars(holder).items():
+            if isinstance(value, _HOLDERS) and value and key not in _NO_PARTS:
+                inside += _modules_in(value, key, _DEEPEST)
+        for tail, module, kind in inside:
             if root in module.modules():  # a part that knows its whole
                 continue
             problem = (

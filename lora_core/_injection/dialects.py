@@ -1,6 +1,6 @@
 """How families of models name the projections of their attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,7 @@ class Dialect:
             with "../" is relative to the block's parent, which then must say attention.
         whole: Whether all the inputs must be there, for names too short to mean attention alone.
         place: Whether the block's own name or class must say attention.
+        heads: The children of a block of which it must have one.
     """
 
     title: str
@@ -21,6 +22,11 @@ class Dialect:
     outputs: tuple[str, ...]
     whole: bool = False
     place: bool = False
+    heads: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        heads = frozenset(name.partition(".")[0] for name in self.inputs)
+        object.__setattr__(self, "heads", heads)
 
 
 DIALECTS = (

@@ -27,6 +27,8 @@ def settle(model: nn.Module) -> None:
     above: dict[nn.Module, bool] = {}
     _search(model, above)
     for module, guarded in above.items():
+        if not (guarded or module._load_state_dict_pre_hooks or _SWITCHED in vars(module)):
+            continue
         hooks = [
             key
             for key, hook in module._load_state_dict_pre_hooks.items()
@@ -73,8 +75,9 @@ def _search(module: nn.Module, above: dict[nn.Module, bool]) -> bool:
     """Notes for each module whether an adapted layer is below; whether one is here or below."""
     if module not in above:
         above[module] = False  # a module may contain itself
-        found = [_search(child, above) for child in module._modules.values() if child is not None]
-        above[module] = any(found)
+        for child in module._modules.values():
+            if child is not None and _search(child, above):
+                above[module] = True
     return above[module] or isinstance(module, LoRAMixin)
 
 

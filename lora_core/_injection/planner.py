@@ -133,27 +133,16 @@ def describe(
     Where an adapter is to be `replaced`, the name must be taken.
     """
     check_room(candidates, name, chosen, replaced=replaced)
-    layers = tuple(
-        LayerReport(
-            c.name,
-            _host_name(c),
-            *kind_at(c).sizes(c.module),
-            config,
-            c.names[1:],
-            kind_at(c).shapes(c.module, config),
-            source,
-        )
-        for c, config, source in zip(
-            chosen, configs, alphas_from or [""] * len(chosen), strict=True
-        )
-    )
-    added = trainable = 0
-    for layer in layers:
-        added += layer.parameters
-        trainable += layer.trainable
+    layers = []
+    for c, config, source in zip(chosen, configs, alphas_from or [""] * len(chosen), strict=True):
+        kind, others = kind_at(c), c.names[1:]
+        sizes, shapes = kind.sizes(c.module), kind.shapes(c.module, config)
+        layers.append(LayerReport(c.name, _host_name(c), *sizes, config, others, shapes, source))
+    added = sum([layer.parameters for layer in layers])
+    trainable = sum([layer.trainable for layer in layers])
     before = parameters_of(modules_of(candidates))
     training = 0 if freeze else count([p for p in before if p.requires_grad])
-    return Report(name, layers, left_out, training + trainable, count(before) + added, notes)
+    return Report(name, tuple(layers), left_out, training + trainable, count(before) + added, notes)
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -302,8 +291,7 @@ def _configure(
     equal: dict[AdapterConfig, AdapterConfig] = {}  # one object for all layers that are alike
     for c in chosen:
         mine, ruled = general, False
-        found = [overrides for pattern, overrides in rules.items() if matches(pattern, c)]
-        if found:
+        if rules and (found := [rules[pattern] for pattern in rules if matches(pattern, c)]):
             ruled = any(overrides.get("bias") for overrides in found)
             mine = checked_settings(reduce(or_, map(dict, found), dict(settings)))
         # asked for in general, it is for those that have one

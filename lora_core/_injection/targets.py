@@ -11,7 +11,7 @@ from torch import nn
 from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
 from lora_core._injection.candidates import Candidate, unregistered
 from lora_core._injection.dialects import DIALECTS
-from lora_core._layers import PROJECTIONS, kind_for
+from lora_core._layers import PROJECTIONS
 
 type_ = type
 Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -201,32 +201,35 @@ def attention_projections(candidates: Sequence[Candidate]) -> dict[str, str]:
         if not isinstance(block.module, nn.Module):
             continue
         if isinstance(block.module, nn.MultiheadAttention):
-            here = [_child(by_name, name, child) for child in (*PROJECTIONS, "out_proj")]
-            found.update({c.name: "nn.MultiheadAttention" for c in here if c})
+            here = _matrices(by_name, name, (*PROJECTIONS, "out_proj"))
+            found |= dict.fromkeys(here, "nn.MultiheadAttention")
         children = block.module._modules
-        for dialect in DIALECTS:
-            if not any(child.partition(".")[0] in children for child in dialect.inputs):
+        for dialect in DIALECTS if children else ():
+            if dialect.heads.isdisjoint(children):
                 continue
             if dialect.place and not _says_attention(name, block.module):
                 continue
-            here = [_child(by_name, name, child) for child in dialect.inputs]
-            if dialect.whole and not all(here):
-                continue
-            if any(here):
-                here += [_child(by_name, name, child) for child in dialect.outputs]
-                found.update({c.name: dialect.title for c in here if c})
+            here = _matrices(by_name, name, dialect.inputs)
+            if here and not (dialect.whole and len(here) < len(dialect.inputs)):
+                here += _matrices(by_name, name, dialect.outputs)
+                found |= dict.fromkeys(here, dialect.title)
     return found
 
 
-def _child(by_name: dict[str, Candidate], block: str, child: str) -> Candidate | None:
-    if child.startswith("../"):
-        block, child = block.rpartition(".")[0], child.removeprefix("../")
-        parent = by_name[block].module
-        if not isinstance(parent, nn.Module) or not _says_attention(block, parent):
-            return None
-    candidate = by_name.get(f"{block}.{child}".lstrip("."))
-    kind = kind_for(candidate.module) if candidate and candidate.adaptable else None
-    return candidate if kind and kind.is_matrix else None
+def _matrices(by_name: dict[str, Candidate], block: str, children: Sequence[str]) -> list[str]:
+    """The first names of those of a block's children that are there, and adapt matrices."""
+    found = []
+    for child in children:
+        place, own = block, child
+        if child.startswith("../"):
+            place, own = block.rpartition(".")[0], child.removeprefix("../")
+            parent = by_name[place].module
+            if not isinstance(parent, nn.Module) or not _says_attention(place, parent):
+                continue
+        candidate = by_name.get(f"{place}.{own}" if place else own)
+        if candidate and candidate.kind and candidate.kind.is_matrix:
+            found.append(candidate.name)
+    return found
 
 
 def _says_attention(name: str, module: nn.Module) -> bool:

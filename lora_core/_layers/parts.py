@@ -122,7 +122,7 @@ def fresh_parts(
     if weight.is_meta:
         values = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
     else:
-        values = _values(module, kind, config, shapes, generator, covariance)
+        values = _values(module, weight, kind, config, shapes, generator, covariance)
     made = {
         part: nn.Parameter(
             value.to(weight.device, wide if part == "lora_magnitude" else config.dtype),
@@ -138,13 +138,13 @@ def fresh_parts(
 
 def _values(
     module: Any,
+    weight: Tensor,
     kind: Kind,
     config: AdapterConfig,
     shapes: Mapping[str, Shape],
     generator: torch.Generator | None,
     covariance: Tensor | None,
 ) -> dict[str, Tensor]:
-    weight = peek(module)
     size, out = kind.sizes(module)
     rank, room = config.rank, config.room
     batch = shapes["lora_A"][:-2] if kind.is_batched else ()
@@ -178,7 +178,9 @@ def _values(
         "lora_A": kind.laid_out("lora_A", lora_A, shapes["lora_A"]),
         "lora_B": kind.laid_out("lora_B", lora_B, shapes["lora_B"]),
     }
-    values |= {part: torch.zeros(shape) for part, shape in shapes.items() if part not in values}
+    for part, shape in shapes.items():
+        if part not in values:
+            values[part] = torch.zeros(shape)
     if config.tucker:
         core = values["lora_mid"][:rank, :rank]
         bound = 1 / math.sqrt(core[0].numel())

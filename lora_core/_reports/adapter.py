@@ -74,8 +74,10 @@ class LayerReport:
     @property
     def trainable(self) -> int:
         """Those of them that can train."""
-        first = [shape for part, shape in self.shapes.items() if part.endswith("0")]
-        return self.parameters - sum(map(math.prod, first))
+        numbers = 0
+        for part, shape in self.shapes.items():
+            numbers += 0 if part.endswith("0") else math.prod(shape)
+        return numbers
 
     @property
     def nbytes(self) -> int:
