@@ -60,6 +60,7 @@ DORA = [
 SEVERAL = [Case(f"4096x320->320 {k} adapters", 4096, 320, 320, adapters=k) for k in (2, 3)]
 MIXED = Case("8x77x768->320 4 adapters by sample", 77, 768, 320, adapters=4, samples=8)
 TINY = Case("2x8->8 r2", 2, 8, 8, 2)
+CALLS = [Case("1x64->64", 1, 64, 64), Case("8x320->320", 8, 320, 320)]  # more call than sum
 # for a GPU alone: batch 4 of Stable Diffusion, and a language model
 LARGE = [
     Case("16384x320->320 bfloat16", 16384, 320, 320, dtype=_BF16),
@@ -144,6 +145,7 @@ def jobs(device: str, quick: bool = False) -> list[Job]:
         *(Job(c, both, frozenset({"G8"})) for c in SEVERAL),
         Job(MIXED, (INFERENCE,), frozenset({"G8"})),
         Job(TINY, (RECORDING, INFERENCE), frozenset({"G9"})),
+        *(Job(c, both, frozenset({"G9"})) for c in CALLS),
     ]
     if device == "cuda":
         listed += [Job(c, both, frozenset({"G12"})) for c in (*LARGE, *LANGUAGE)]

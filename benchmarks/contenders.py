@@ -222,6 +222,17 @@ def _gain(problem: Problem) -> Tensor | None:
     return one_hot.repeat_interleave(rank, dim=1)
 
 
+class _Model(nn.Module):
+    """What calls a layer, as a user's model does: a layer by itself carries a hook that says so."""
+
+    def __init__(self, site: nn.Module) -> None:
+        super().__init__()
+        self.site = site
+
+    def forward(self, x: Tensor) -> Any:
+        return self.site(x)
+
+
 def _ours(problem: Problem) -> Contender:
     case = problem.case
     if case.dora:
@@ -233,9 +244,12 @@ def _ours(problem: Problem) -> Contender:
         "dtype": case.factor_dtype,
     }
     names = [f"a{i}" for i in range(case.adapters)]
-    layer: Any = lora_core.LoRALinear(_linear(problem), name=names[0], **settings)
-    for name in names[1:]:
-        lora_core.inject(layer, targets=nn.Linear, name=name, freeze=False, **settings)
+    model = _Model(_linear(problem))
+    for name in names:
+        lora_core.inject(model, targets="site", name=name, **settings)
+    for p in lora_core.parameters(model):
+        p.requires_grad_()
+    layer: Any = model.site
     own = tuple(
         (getattr(layer, f"lora_A_{name}"), getattr(layer, f"lora_B_{name}")) for name in names
     )

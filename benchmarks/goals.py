@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import composability
 from benchmarks.cases import (
+    CALLS,
     DORA,
     DROPOUT,
     HALF,
@@ -30,7 +31,7 @@ from benchmarks.cases import (
     Counts,
     Result,
 )
-from benchmarks.contenders import FROZEN, OURS, PEFT, SCALE, Case, draw
+from benchmarks.contenders import FROZEN, OURS, PEFT, REFERENCE, SCALE, Case, draw
 from lora_core import functional
 
 NUMBERS = tuple(f"G{i}" for i in range(1, 13))
@@ -330,6 +331,16 @@ def _g9(book: Book) -> list[Goal]:
         ratio = ours / peft if ours is not None and peft else None
         why = book.timeless or book.missing(TINY, OURS, PEFT)
         lines.append(Goal("G9", f"{what} / PEFT", ratio, share, why="" if ratio else why))
+    for case in CALLS:
+        for which, share in ((TRAINING, 0.5), (INFERENCE, 0.35)):
+            ours, formula, peft = (book.excess(case, which, n) for n in (OURS, REFERENCE, PEFT))
+            what = f"{case.name}: {which}, beyond nn.Linear / PEFT"
+            if ours is None or not peft:
+                why = book.timeless or book.missing(case, OURS, PEFT)
+                lines.append(Goal("G9", what, None, share, why=why))
+                continue
+            why = "" if formula is None else f"the formula's is {formula / peft:.2f}"
+            lines.append(Goal("G9", what, ours / peft, share, why=why))
     return lines
 
 

@@ -6,9 +6,10 @@
 Layers of the shapes of Stable Diffusion 1.5's attention projections, and 500 of 32x32; rank 4, one
 CPU thread. Every figure comes from processes that do nothing else: the first call of one is cold,
 its memory still to be had from the system; the cheapest of the next is warm. The floor of a merge
-that keeps copies is `addmm` into new tensors, that of one in place is `addmm_`. Shown beside is the
-least that one in place must do: apply the scale, and know before the first write that no sum will
-overflow. Contenders take turns, and the cheapest of all turns counts, in CPU time.
+that keeps copies is `addmm` into new tensors, that of one in place is `addmm_`, and a warm one is
+held against the floor on its own weights, which are faster in some processes than in others. Shown
+beside is the least that a merge in place must do: apply the scale, and know before the first write
+that no sum will overflow. Contenders take turns, and the cheapest of all counts, in CPU time.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -29,11 +32,12 @@ from benchmarks.options import add_outputs, write_json
 
 RANK, SCALE, WARM = 4, 1.0, 3
 SHAPES = Path(__file__).parent / "data" / "sd15_unet.json"
+_COLD, _WARM = slice(1), slice(1, None)
 _ENDS = ("to_q", "to_k", "to_v", "to_out.0")
 CASES = ("sd15", "500", "quick")
 ADDMM, PASS, LEAST = "addmm", "addmm_", "least in place"
 FORMS: dict[str, bool | Literal["compact"]] = {"copy": True, "compact": "compact", "no": False}
-FLOORS = {"copy": ADDMM, "compact": ADDMM, "no": PASS}
+FLOORS = {"copy": ADDMM, "compact": ADDMM, "no": PASS, LEAST: PASS}
 
 
 def shapes(case: str) -> list[tuple[int, int]]:
@@ -75,22 +79,27 @@ class _Contender:
         self.new: list[Tensor] = []
 
     def merge(self) -> None:
-        pairs = zip(self.weights, self.factors, strict=True)
-        if self.name == ADDMM:
-            self.new = [torch.addmm(w, B, A) for w, (B, A) in pairs]
-        elif self.name == PASS:
-            for w, (B, A) in pairs:
-                w.addmm_(B, A)
-        elif self.name == LEAST:
+        if self.name == LEAST:
             read = (self.weights, *zip(*self.factors, strict=True))
             w, B, A = (torch.stack(torch._foreach_norm(list(tensors))) for tensors in read)
             assert bool((w + B * A < torch.finfo(w.dtype).max).all())
-            for weight, (up, down) in pairs:
+            for weight, (up, down) in zip(self.weights, self.factors, strict=True):
                 weight.addmm_(up * SCALE, down)
+        elif self.name not in FORMS:
+            self.floor()
         else:
             report = lora_core.merge(self.model, reversible=FORMS[self.name])
             if report.kept is not None:
                 self.kept = report.kept / sum(w.nbytes for w in self.weights)
+
+    def floor(self) -> None:
+        """What this way can't do without, on the same weights."""
+        pairs = zip(self.weights, self.factors, strict=True)
+        if FLOORS.get(self.name, self.name) == ADDMM:
+            self.new = [torch.addmm(w, B, A) for w, (B, A) in pairs]
+        else:
+            for w, (B, A) in pairs:
+                w.addmm_(B, A)
 
     def unmerge(self) -> None:
         if FORMS.get(self.name):
@@ -109,14 +118,14 @@ def child(case: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
     torch.set_num_threads(1)
     contender = _Contender(name, case, dtype)
     sums = [float(w.double().sum()) for w in contender.weights]
-    costs: dict[str, list[float]] = {"merge": [], "unmerge": []}
+    costs: dict[str, list[float]] = {"merge": [], "unmerge": [], "floor": []}
     for _ in range(1 + WARM):
         for verb, times in costs.items():
-            act = getattr(contender, verb)
             gc.collect()
             start = time.process_time()
-            act()
+            getattr(contender, verb)()
             times.append(time.process_time() - start)
+        contender.new.clear()
         now = [float(w.double().sum()) for w in contender.weights]
         if FORMS.get(name) and now != sums:
             raise ValueError(f"{name!r} must give the weights back, but gives others.")
@@ -124,37 +133,46 @@ def child(case: str, name: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"costs": costs, "kept": contender.kept}
 
 
-def measured(case: str, dtype: str, turns: int) -> dict[str, dict[str, float]]:
-    """By contender: cold and warm CPU seconds of both verbs, and the share of a copy kept."""
-    found: dict[str, dict[str, float]] = {}
+def measured(case: str, dtype: str, turns: int) -> dict[str, list[dict[str, Any]]]:
+    """By contender what `child` says, once for each turn."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(turns):
         for contender in (ADDMM, PASS, LEAST, *FORMS):
             command = [sys.executable, "-m", "benchmarks.merging", "--child", case, contender]
             done = subprocess.run([*command, dtype], capture_output=True, text=True, check=True)
-            one = json.loads(done.stdout)
-            mine = found.setdefault(contender, {"kept": one["kept"]})
-            for verb, costs in one["costs"].items():
-                for when, some in (("cold", costs[:1]), ("warm", costs[1:])):
-                    key = f"{verb}, {when}"
-                    mine[key] = min([*some, *([mine[key]] if key in mine else [])], default=0.0)
+            found.setdefault(contender, []).append(json.loads(done.stdout))
     return found
 
 
-def ratios(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """By form: its merge over the floor and over the copying one, its unmerge over its merge."""
     rows = {}
-    for form, floor in {**FLOORS, LEAST: PASS}.items():
-        row = {"kept": found[form]["kept"]}
-        for when in ("cold", "warm"):
-            row[f"merge, {when}"] = found[form][f"merge, {when}"] / found[floor][f"merge, {when}"]
-            row[f"over copying, {when}"] = (
-                found[form][f"merge, {when}"] / found["copy"][f"merge, {when}"]
-            )
-            if FORMS.get(form):
-                verb = f"unmerge, {when}"
-                row[verb] = found[form][verb] / found[form][f"merge, {when}"]
-        rows[form] = row
+    for form, floor in FLOORS.items():
+        cold, warm = (partial(_least, found, when=when) for when in (_COLD, _WARM))
+        rows[form] = {
+            "kept": found[form][0]["kept"],
+            "merge, cold": cold(form, "merge") / cold(floor, "merge"),
+            "merge, warm": (
+                warm(form, "merge") / warm(floor, "merge")
+                if floor == ADDMM
+                else median(_over_own_floor(one["costs"]) for one in found[form])
+            ),
+            "over copying, cold": cold(form, "merge") / cold("copy", "merge"),
+            "over copying, warm": warm(form, "merge") / warm("copy", "merge"),
+        }
+        if FORMS.get(form):
+            for when, least in (("cold", cold), ("warm", warm)):
+                rows[form][f"unmerge, {when}"] = least(form, "unmerge") / least(form, "merge")
     return rows
+
+
+def _least(found: dict[str, list[dict[str, Any]]], name: str, verb: str, when: slice) -> float:
+    least: float = min(seconds for one in found[name] for seconds in one["costs"][verb][when])
+    return least
+
+
+def _over_own_floor(costs: dict[str, list[float]]) -> float:
+    return min(costs["merge"][_WARM]) / min(costs["floor"][_WARM])
 
 
 def as_text(case: str, dtype: str, rows: dict[str, dict[str, float]]) -> str:
