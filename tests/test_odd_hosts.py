@@ -26,7 +26,7 @@ from lora_core import (
     inject,
     plan,
 )
-from lora_core._layers import LoRAMixin, factors_of
+from lora_core._layers import OWN_NAMES, LoRAMixin, factors_of
 from lora_core.testing import check_lora
 
 Make = Callable[[], nn.Module]
@@ -1200,12 +1200,28 @@ def test_what_is_called_with_something_else_first_says_so():
         model[0](True, torch.randn(3, 6))
 
 
-def test_a_host_with_an_attribute_of_our_name_is_refused():
+@pytest.mark.parametrize("name", ["host_class", "plain_attributes", "kind", "change"])
+def test_a_host_may_have_any_attribute_that_does_not_begin_with_lora(name):
     model = nn.Sequential(nn.Linear(6, 6))
-    model[0].lora_state = {}
+    setattr(model[0], name, "its own")
+    x = torch.randn(3, 6)
+    expected = model(x)
+    inject(model, rank=2, targets="0")
+    assert torch.equal(model(x), expected)
+    assert getattr(model[0], name) == "its own"
+
+
+@pytest.mark.parametrize("name", sorted(OWN_NAMES))
+@pytest.mark.parametrize("on_class", [False, True])
+def test_a_host_with_an_attribute_of_our_name_is_refused(name, on_class):
+    class Host(nn.Linear):
+        pass
+
+    model = nn.Sequential(Host(6, 6))
+    setattr(Host if on_class else model[0], name, {})
     with pytest.raises(UnsupportedLayerError, match=r"must leave names that begin with 'lora_'"):
         inject(model, rank=2, targets="0")
-    assert type(model[0]) is nn.Linear
+    assert type(model[0]) is Host
 
 
 def test_drawing_from_samples_needs_no_values_of_a_packed_weight():

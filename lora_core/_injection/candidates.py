@@ -148,12 +148,6 @@ def _modules_in(value: object, name: str, depth: int) -> Iterator[tuple[str, nn.
             yield from _modules_in(item, f"{name}.{key}", depth - 1)
 
 
-def kind_at(candidate: Candidate) -> Kind:
-    """What an adapter on this one would be, of one that can carry some."""
-    assert candidate.kind is not None
-    return candidate.kind
-
-
 def modules_of(candidates: Iterable[Candidate]) -> list[nn.Module]:
     """The modules among these, each once."""
     return [c.module for c in candidates if isinstance(c.module, nn.Module)]

@@ -23,9 +23,10 @@ from lora_core._errors import (
     UnsupportedLayerError,
     listed,
 )
-from lora_core._injection.candidates import Candidate, kind_at, modules_of, walk
+from lora_core._injection.candidates import Candidate, modules_of, walk
 from lora_core._injection.targets import Patterns, choose, matches, no_rule_match
 from lora_core._layers import (
+    OWN_NAMES,
     STATE,
     LoRAMixin,
     LoRAWeight,
@@ -38,7 +39,7 @@ from lora_core._layers import (
 )
 from lora_core._reports import LayerReport, Report, count
 
-_OURS = (STATE, *(f"{part}_" for part in PARTS))  # how names of an adapter's begin
+_OURS = (*OWN_NAMES, *(f"{part}_" for part in PARTS))  # how names of an adapter's begin
 
 
 @with_settings
@@ -135,14 +136,17 @@ def describe(
     check_room(candidates, name, chosen, replaced=replaced)
     layers = []
     for c, config, source in zip(chosen, configs, alphas_from or [""] * len(chosen), strict=True):
-        kind, others = kind_at(c), c.names[1:]
+        kind, others = c.kind, c.names[1:]
+        assert kind is not None
         sizes, shapes = kind.sizes(c.module), kind.shapes(c.module, config)
         layers.append(LayerReport(c.name, _host_name(c), *sizes, config, others, shapes, source))
-    added = sum([layer.parameters for layer in layers])
-    trainable = sum([layer.trainable for layer in layers])
     before = parameters_of(modules_of(candidates))
     training = 0 if freeze else count([p for p in before if p.requires_grad])
-    return Report(name, tuple(layers), left_out, training + trainable, count(before) + added, notes)
+    total = count(before)
+    for layer in layers:
+        training += layer.trainable
+        total += layer.parameters
+    return Report(name, tuple(layers), left_out, training, total, notes)
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -194,7 +198,7 @@ def check_room(
     asking = [
         c for c in chosen if name not in adapted.get(id(c), ()) and not _is_free(c.module, parts)
     ]
-    for new, clash in _holders([c for c in asking if id(c) not in adapted], (STATE,)):
+    for new, clash in _holders([c for c in asking if id(c) not in adapted], sorted(OWN_NAMES)):
         raise UnsupportedLayerError(
             f"A layer must leave names that begin with 'lora_' to its adapters, but"
             f" {listed(clash)} has an attribute {new!r} of its own. Rename it, or exclude the"
@@ -223,6 +227,7 @@ def _is_free(module: nn.Module | Slot, names: Set[str]) -> bool:
     return (
         _has_torchs_attributes(type(module))  # type: ignore[arg-type]
         and (STATE in own) is isinstance(module, LoRAMixin)
+        and (OWN_NAMES - {STATE}).isdisjoint(own)
         and names.isdisjoint(own)
         and names.isdisjoint(own["_parameters"])
         and names.isdisjoint(own["_buffers"])
@@ -321,5 +326,5 @@ def _has_bias(candidate: Candidate) -> bool:
 def _host_name(candidate: Candidate) -> str:
     module = candidate.module
     if isinstance(module, LoRAMixin) and not isinstance(module, LoRAWeight):
-        return module.host_class.__name__
+        return module.lora_host_class.__name__
     return host_of(candidate.owners[0]).__name__

@@ -11,7 +11,6 @@ from torch import nn
 from lora_core._adapters import join, layers_with, strengths_over
 from lora_core._config import AdapterConfig, Settings, with_settings
 from lora_core._errors import MergeError, UnsupportedLayerError, listed
-from lora_core._injection.candidates import kind_at
 from lora_core._injection.guards import is_guarded
 from lora_core._injection.planner import draw_up
 from lora_core._injection.rollback import all_or_nothing, freeze_module, thaw
@@ -108,9 +107,9 @@ def inject(
             # the generator takes 32 bits of a seed and drops the rest
             generator.manual_seed(seed ^ zlib.crc32(layer.name.encode()))
             covariance, module = covariances.get(layer.name), candidate.module
-            parts = fresh_parts(
-                module, kind_at(candidate), layer.config, generator, covariance, layer.shapes
-            )
+            kind, config, shapes = candidate.kind, layer.config, layer.shapes
+            assert kind is not None
+            parts = fresh_parts(module, kind, config, generator, covariance, shapes)
             grafts.append(Graft(module, layer.config, parts))
     graft(modules, name, grafts, freeze=freeze)
     return report
@@ -308,7 +307,7 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
 def _has_our_class(layer: LoRAMixin) -> bool:
     if isinstance(layer, LoRAWeight):
         return isinstance(layer.owner, WeightReader) and type(layer) is LoRAWeight
-    return type(layer) is adapted_class(layer.host_class)
+    return type(layer) is adapted_class(layer.lora_host_class)
 
 
 def _names(layers: Iterable[LoRAMixin]) -> list[str]:

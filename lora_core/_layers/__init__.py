@@ -20,7 +20,7 @@ from lora_core._layers.kind import (
     swap,
 )
 from lora_core._layers.linear import LoRALinear
-from lora_core._layers.mixin import LoRAMixin, adapted_class, refuse_merged
+from lora_core._layers.mixin import OWN_NAMES, LoRAMixin, adapted_class, refuse_merged
 from lora_core._layers.parts import (
     drawing,
     factor_names,
@@ -63,6 +63,7 @@ __all__ = [
     "CHILD",
     "FROZEN",
     "LINEAR",
+    "OWN_NAMES",
     "PINS",
     "PROJECTIONS",
     "STATE",

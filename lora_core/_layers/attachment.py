@@ -119,7 +119,7 @@ def detach(layer: LoRAMixin, name: str) -> None:
         layer.leave()
         return
     # before the state: another thread's call that finds nothing any more calls the host's
-    object.__setattr__(layer, "__class__", layer.host_class)
+    object.__setattr__(layer, "__class__", layer.lora_host_class)
     del own[STATE]
 
 
@@ -135,7 +135,7 @@ def adopt(
         UnsupportedLayerError: If `host` is not of the very class that `layer` adapts, or has what
             a new module would lose.
     """
-    plain: type[nn.Module] = layer.host_class
+    plain: type[nn.Module] = layer.lora_host_class
     what = f"`{plain.__name__.lower()}`"
     if type(host) is not plain:
         raise UnsupportedLayerError(
@@ -147,7 +147,7 @@ def adopt(
         raise UnsupportedLayerError(f"{what} must be adaptable, but {problem}")
     own = vars(host)
     hooks = [key for key in own if key.endswith("_hooks")]
-    if set(own) != layer.plain_attributes or any(own[key] for key in hooks):
+    if set(own) != layer.lora_plain_attributes or any(own[key] for key in hooks):
         raise UnsupportedLayerError(
             f"{what} must be without hooks and attributes of its own, but this one has some"
             f" that a new module would lose. Use `inject(..., targets=nn.{plain.__name__})`,"

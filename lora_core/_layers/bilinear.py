@@ -70,7 +70,7 @@ class BilinearKind(Kind):
         if not more:
             raise UnsupportedLayerError(
                 "An adapted bilinear layer must be called with two inputs, but"
-                f" {layer.host_class.__name__} is called with one. Eject the adapter from this"
+                f" {layer.lora_host_class.__name__} is called with one. Eject the adapter from this"
                 " layer."
             )
         lora_A, lora_B, gain, dropout = update

@@ -136,8 +136,8 @@ class LoRAConv1d(LoRAMixin, nn.Conv1d):
         (torch.Size([2, 4, 5]), torch.Size([8, 2, 1]))
     """
 
-    host_class, lora_kind = nn.Conv1d, CONV
-    plain_attributes = plain_attributes(nn.Conv1d(1, 1, 1, device="meta"))
+    lora_host_class, lora_kind = nn.Conv1d, CONV
+    lora_plain_attributes = plain_attributes(nn.Conv1d(1, 1, 1, device="meta"))
 
     def __init__(
         self,
@@ -181,8 +181,8 @@ class LoRAConv2d(LoRAMixin, nn.Conv2d):
         (torch.Size([2, 4, 3, 3]), torch.Size([8, 2, 1, 1]))
     """
 
-    host_class, lora_kind = nn.Conv2d, CONV
-    plain_attributes = plain_attributes(nn.Conv2d(1, 1, 1, device="meta"))
+    lora_host_class, lora_kind = nn.Conv2d, CONV
+    lora_plain_attributes = plain_attributes(nn.Conv2d(1, 1, 1, device="meta"))
 
     def __init__(
         self,
@@ -203,8 +203,8 @@ class LoRAConv3d(LoRAMixin, nn.Conv3d):
         (torch.Size([2, 4, 3, 3, 3]), torch.Size([8, 2, 1, 1, 1]))
     """
 
-    host_class, lora_kind = nn.Conv3d, CONV
-    plain_attributes = plain_attributes(nn.Conv3d(1, 1, 1, device="meta"))
+    lora_host_class, lora_kind = nn.Conv3d, CONV
+    lora_plain_attributes = plain_attributes(nn.Conv3d(1, 1, 1, device="meta"))
 
     def __init__(
         self,

@@ -123,8 +123,8 @@ class LoRAEmbedding(LoRAMixin, nn.Embedding):
         (torch.Size([2, 100]), torch.Size([8, 2]))
     """
 
-    host_class, lora_kind = nn.Embedding, EMBEDDING
-    plain_attributes = plain_attributes(
+    lora_host_class, lora_kind = nn.Embedding, EMBEDDING
+    lora_plain_attributes = plain_attributes(
         nn.Embedding(1, 1, _weight=torch.empty(1, 1, device="meta"))
     )
 

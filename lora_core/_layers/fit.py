@@ -83,7 +83,7 @@ def _is_owner(module: nn.Module) -> bool:
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a subclass computes its output itself, as layers with 4-bit weights do."""
     kind = host_kind(type(module))  # type: ignore[arg-type]
-    host = module.host_class if isinstance(module, LoRAMixin) else type(module)
+    host = module.lora_host_class if isinstance(module, LoRAMixin) else type(module)
     return kind is not None and host.forward is not kind.forward
 
 

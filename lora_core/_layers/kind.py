@@ -129,7 +129,7 @@ class Kind:
             "lora_A0": down,
             "lora_B0": up,
         }
-        return {part: every[part] for part in config.parts}
+        return dict(zip(config.parts, map(every.__getitem__, config.parts), strict=True))
 
     def refusal(self, host: Any, config: AdapterConfig) -> str:  # noqa: ARG002
         """Which setting this kind of layer can't have, and why; "" if it can have all."""
@@ -300,5 +300,7 @@ def host_kind(cls: type) -> type[nn.Module] | None:
 def runs_as_torch(layer: Any) -> bool:
     """Whether a layer's host computes by the forward of torch's own, which follows its weight."""
     kind: Kind = layer.lora_kind
-    host = host_kind(layer.host_class)
-    return kind.follows_weight or (host is not None and layer.host_class.forward is host.forward)
+    host = host_kind(layer.lora_host_class)
+    return kind.follows_weight or (
+        host is not None and layer.lora_host_class.forward is host.forward
+    )

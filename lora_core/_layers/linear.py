@@ -46,8 +46,8 @@ class LoRALinear(LoRAMixin, nn.Linear):
         6000
     """
 
-    host_class, lora_kind = nn.Linear, LINEAR
-    plain_attributes = plain_attributes(nn.Linear(1, 1, device="meta"))
+    lora_host_class, lora_kind = nn.Linear, LINEAR
+    lora_plain_attributes = plain_attributes(nn.Linear(1, 1, device="meta"))
 
     def __init__(
         self,

@@ -30,12 +30,12 @@ class LoRAMixin(nn.Module):
     likewise.
 
     Attributes:
-        host_class: The class that the layer had.
+        lora_host_class: The class that the layer had.
         lora_kind: What its adapters are.
         lora_state: What it knows of them.
     """
 
-    host_class: ClassVar[type[nn.Module]]
+    lora_host_class: ClassVar[type[nn.Module]]
     lora_kind: ClassVar[Kind]
     lora_state: State
 
@@ -47,7 +47,7 @@ class LoRAMixin(nn.Module):
         if state is None or state.pair is None or kwargs:
             return call(self, x, args, kwargs)
         try:
-            host, kind, update = self.host_class.forward, self.lora_kind, state.pair.read(self)
+            host, kind, update = self.lora_host_class.forward, self.lora_kind, state.pair.read(self)
         except (AttributeError, KeyError):  # of an adapter that another thread takes off
             return call(self, x, args, kwargs)
         out: Any = host(self, *args)
@@ -60,10 +60,10 @@ class LoRAMixin(nn.Module):
     def lora_sum(self, found: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The output of the host's own forward plus what is active."""
         x, *more = inputs_of(self, args, kwargs) if kwargs else args
-        base = self.host_class.forward(self, *args, **kwargs)
+        base = self.lora_host_class.forward(self, *args, **kwargs)
         if not isinstance(base, Tensor):
             raise UnsupportedLayerError(
-                f"An adapted layer's host must return a tensor, but {self.host_class.__name__}"
+                f"An adapted layer's host must return a tensor, but {self.lora_host_class.__name__}"
                 f" returns {type(base).__name__}. Eject the adapter from this layer."
             )
         return checked(self, added(self, x, base, found, *more))
@@ -118,8 +118,8 @@ class LoRAMixin(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, held, *rest = reduced
-        if type(self) is adapted_class(self.host_class):
-            make, arguments = _blank, (self.host_class,)
+        if type(self) is adapted_class(self.lora_host_class):
+            make, arguments = _blank, (self.lora_host_class,)
         state = state_of(self)
         if state is not None and state.merged is not None and state.merged.merged is not None:
             # inside `disabled`: the copy is the base that is shown, unmerged
@@ -133,10 +133,18 @@ class LoRAMixin(nn.Module):
         return (make, arguments, held, *rest)
 
 
+# all that a class gains by it; a host may have none of these
+OWN_NAMES = frozenset(
+    name
+    for name in (*vars(LoRAMixin), *LoRAMixin.__annotations__, "lora_plain_attributes")
+    if name.startswith("lora_")
+)
+
+
 def inputs_of(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """What a layer is called with, in the order of its host's forward."""
     try:
-        bound = inspect.signature(layer.host_class.forward).bind(layer, *args, **kwargs)
+        bound = inspect.signature(layer.lora_host_class.forward).bind(layer, *args, **kwargs)
     except TypeError:  # the host itself says what is wrong, or a forward of any keywords is right
         return (*args, *kwargs.values())
     _, *given = bound.args
@@ -150,7 +158,7 @@ def call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     if not isinstance(x, Tensor):
         raise UnsupportedLayerError(
             "An adapted layer must be called with its input first, but"
-            f" {layer.host_class.__name__} is called with a {type(x).__name__}. Eject the"
+            f" {layer.lora_host_class.__name__} is called with a {type(x).__name__}. Eject the"
             " adapter from this layer."
         )
     try:
@@ -193,7 +201,7 @@ def adapted_class(host: type[nn.Module]) -> type[LoRAMixin]:
     if host not in ADAPTED:
         known = host_kind(host)  # type: ignore[arg-type]
         names = {
-            "host_class": host,
+            "lora_host_class": host,
             "lora_kind": TRANSPOSED if known is None else KINDS[known],
             "__module__": host.__module__,
             "__doc__": host.__doc__,

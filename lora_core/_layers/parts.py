@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,19 +118,17 @@ def fresh_parts(
         shapes: The shapes of its tensors, where they are known.
     """
     weight = peek(module)
-    wide = wide_dtype(weight)  # a length that is rounded would change a fresh adapter's output
     shapes = kind.shapes(module, config) if shapes is None else shapes
     if weight.is_meta:
         values = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
     else:
         values = _values(module, weight, kind, config, shapes, generator, covariance)
-    made = {
-        part: nn.Parameter(
-            value.to(weight.device, wide if part == "lora_magnitude" else config.dtype),
-            requires_grad=not part.endswith("0"),
-        )
-        for part, value in values.items()
-    }
+    made = {}
+    for part, value in values.items():
+        # a length that is rounded would change a fresh adapter's output
+        dtype = wide_dtype(weight) if part == "lora_magnitude" else config.dtype
+        moved = value.to(weight.device, dtype)
+        made[part] = nn.Parameter(moved, requires_grad=not part.endswith("0"))
     if config.subtracted:
         for first, part in (("lora_A0", "lora_A"), ("lora_B0", "lora_B")):
             made[first].copy_(made[part])
@@ -154,22 +153,20 @@ def _values(
     if config.subtracted:
         matrix = kind.matrix(weight)
         matrices = list(matrix.reshape(-1, *matrix.shape[-2:])) if batch else [matrix]
-    drawn = [
-        functional.initial_factors(
-            config.init,
-            m,
-            rank,
-            config.scale,
-            generator=generator,
-            covariance=covariance,
-            fan_in=kind.fan_in(down),
-        )
-        for m in matrices
-    ]
-    lora_A, lora_B = drawn[0]
+    draw = partial(
+        functional.initial_factors,
+        config.init,
+        rank=rank,
+        scale=config.scale,
+        generator=generator,
+        covariance=covariance,
+        fan_in=kind.fan_in(down),
+    )
     if batch:
-        lora_A, lora_B = torch.stack([A for A, _ in drawn]), torch.stack([B for _, B in drawn])
-    elif config.init not in _OWN:  # what was drawn may be a part of something larger
+        lora_A, lora_B = map(torch.stack, zip(*map(draw, matrices), strict=True))
+    else:
+        lora_A, lora_B = draw(matrices[0])
+    if not batch and config.init not in _OWN:  # what was drawn may be a part of something larger
         lora_A, lora_B = lora_A.clone(), lora_B.clone()
     if room > rank:
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, room - rank))

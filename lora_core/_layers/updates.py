@@ -209,7 +209,7 @@ def _per_sample(layer: Any, gain: Tensor | float | None, x: Tensor | None) -> Te
         return gain.repeat(2)
     raise ConfigError(
         f"Strengths per sample must fit the batch, but `scales` gave {given} and the input of a"
-        f" {layer.host_class.__name__} has shape {tuple(x.shape)}. Give as many strengths as"
+        f" {layer.lora_host_class.__name__} has shape {tuple(x.shape)}. Give as many strengths as"
         " samples (or half as many, under guidance's doubled batch)."
     )
 

@@ -166,7 +166,7 @@ WEIGHT = NAMED["weight"] = WeightKind()
 class LoRAWeight(LoRAMixin):
     """Adapters on a parameter: maps the parameter to its sum with the updates."""
 
-    host_class, lora_kind = nn.Module, WEIGHT
+    lora_host_class, lora_kind = nn.Module, WEIGHT
 
     def __init__(self, slot: Slot) -> None:
         nn.Module.__init__(self)

@@ -13,27 +13,28 @@ from lora_core._merging.contact import Site
 def probe(name: str, site: Site, new: Tensor) -> None:
     """Raises unless the host's own forward makes of a new weight what the update adds."""
     layer, weight = site.layer, site.own
-    taken = list(inspect.signature(layer.host_class.forward).parameters.values())
+    taken = list(inspect.signature(layer.lora_host_class.forward).parameters.values())
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     options = [str(p) for i, p in enumerate(taken) if i > 1 or p.kind not in plain]
     if options:
         raise MergeError(
             f"A host's forward must take its input alone to be merged, but that of"
-            f" {layer.host_class.__name__} at {name!r} takes {listed(options)}, with which the"
+            f" {layer.lora_host_class.__name__} at {name!r} takes {listed(options)}, with which the"
             " update might not follow. Nothing was changed; keep this layer unmerged."
         )
     x = layer.lora_kind.probe(layer, torch.Generator("cpu").manual_seed(0))
     with changing(layer):
         try:
-            before = layer.host_class.forward(layer, x)
+            before = layer.lora_host_class.forward(layer, x)
             layer._parameters["weight"] = nn.Parameter(new, requires_grad=False)
-            after = layer.host_class.forward(layer, x)
+            after = layer.lora_host_class.forward(layer, x)
         finally:
             layer._parameters["weight"] = weight
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         raise MergeError(
-            f"A host must return a tensor to be merged, but {layer.host_class.__name__} at {name!r}"
-            f" returns {type(before).__name__}. Nothing was changed; keep this layer unmerged."
+            "A host must return a tensor to be merged, but"
+            f" {layer.lora_host_class.__name__} at {name!r} returns"
+            f" {type(before).__name__}. Nothing was changed; keep this layer unmerged."
         )
     asked, got = addition(layer, x, before), after.double() - before.double()
     eps = torch.finfo(weight.dtype).eps
@@ -41,6 +42,6 @@ def probe(name: str, site: Site, new: Tensor) -> None:
     if not bool((asked - got).norm() <= bound):
         raise MergeError(
             f"A host's output must follow its weight to be merged, but the forward of"
-            f" {layer.host_class.__name__} at {name!r} makes something else of it. Nothing was"
+            f" {layer.lora_host_class.__name__} at {name!r} makes something else of it. Nothing was"
             " changed; keep this layer unmerged."
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_core._config import STARTS
 
+_ANY_RANK = ("kaiming", "gaussian")  # draws each entry by itself
 _EXACT = 2048  # a larger matrix takes minutes to decompose whole
 _SWEEPS = 12  # of the subspace iteration that larger ones get
 
@@ -71,7 +72,8 @@ def initial_factors(
     if init not in STARTS:
         raise ValueError(f"`init` must be one of {', '.join(sorted(STARTS))}, but is {init!r}.")
     out, width = weight.shape if isinstance(weight, Tensor) else weight
-    _check_rank(init, rank, out, width)
+    if init not in _ANY_RANK:
+        _check_rank(init, rank, out, width)
     if STARTS[init] == "weight":
         if not isinstance(weight, Tensor) or weight.is_meta:
             raise ValueError(
@@ -134,8 +136,6 @@ def subtracted(
 
 
 def _check_rank(init: str, rank: int, out: int, width: int) -> None:
-    if init in ("kaiming", "gaussian"):
-        return
     of_weight = STARTS[init] == "weight"
     limit, bound = (min(out, width), "min(out, in)") if of_weight else (width, "in")
     if rank > limit:

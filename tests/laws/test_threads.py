@@ -200,7 +200,7 @@ def test_a_call_that_a_merge_comes_into_runs_again(kind, verb, monkeypatch):
     if kind == "linear" and verb == "merge":
         monkeypatch.setattr(linear, "fused_lora_linear", between(linear.fused_lora_linear))
     else:  # a merged layer, and one of another kind, calls its host
-        host = type(layer).host_class
+        host = type(layer).lora_host_class
         monkeypatch.setattr(host, "forward", between(host.forward))
     torch.testing.assert_close(layer(x), expected)
     assert came
