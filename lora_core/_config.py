@@ -332,6 +332,12 @@ class AdapterConfig:
         """What a forward goes by."""
         return Recipe(*[getattr(self, key) for key in Recipe._fields])
 
+    @property
+    def form(self) -> str:
+        """What kind of update it is: "LoRA", or with its additions as in "LoRA, DoRA"."""
+        having = (setting.form(self) for setting in SETTINGS.values())
+        return ", ".join(["LoRA", *filter(None, having)])
+
     @cached_property
     def shown(self) -> str:
         """What a layer's `repr` says of it."""
@@ -341,6 +347,7 @@ class AdapterConfig:
 
 
 SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(AdapterConfig)}
+DROPOUTS = tuple(key for key, setting in SETTINGS.items() if setting.check is check_dropout)
 ASKED = tuple(key for key, setting in SETTINGS.items() if setting.asked)
 
 

@@ -466,6 +466,22 @@ def test_layers_whose_matrices_alone_agree_are_not_combined(
     assert why.startswith("for a kernel (")
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_convolution_with_a_bias_of_its_own_is_merged_into_its_file(
+    tmp_path: Path, groups: int
+) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(8, 4, (2, 3), groups=groups)).eval()
+    bare, x = copy.deepcopy(model), torch.randn(1, 8, 3, 3)
+    lora_core.inject(model, rank=2, targets=nn.ConvTranspose2d, bias=True)
+    for p in lora_core.parameters(model):
+        p.data.normal_()
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    safetensors.torch.save_file(bare.state_dict(), base)
+    merge_file(base, lora_core.adapter_of(model), out)
+    bare.load_state_dict(safetensors.torch.load_file(out))
+    assert_close(bare(x), model(x), rtol=1e-5, atol=1e-4)
+
+
 def test_adapters_of_different_models_are_not_combined() -> None:
     a = adapter(x=make_layer())
     for layer, shown in [

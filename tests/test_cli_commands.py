@@ -75,7 +75,7 @@ def document(run: Run) -> Json:
 
 def layer(out: int = 6, size: int = 5, rank: int = 2, **parts: Tensor) -> AdapterLayer:
     """A layer with random factors."""
-    config = AdapterConfig(rank, 3.0, 0.0, torch.float32)
+    config = AdapterConfig(rank, 3.0, 0.0, torch.float32, bias="lora_bias" in parts)
     factors = {"lora_A": torch.randn(rank, size), "lora_B": torch.randn(out, rank)}
     return AdapterLayer("matrix", config, {**factors, **parts})
 

@@ -231,7 +231,8 @@ def _joined(layers: Sequence[AdapterLayer]) -> AdapterLayer | None:
     bias = widened(whole.parts["bias"])
     if "lora_bias" in factors.parts:
         bias = bias + factors.parts["lora_bias"]
-    return replace(factors, parts={**factors.parts, "lora_bias": bias})
+    config = replace(factors.settings, bias=True)
+    return replace(factors, config=config, parts={**factors.parts, "lora_bias": bias})
 
 
 def difference_of(one: AdapterLayer, other: AdapterLayer) -> tuple[float, str]:

@@ -10,19 +10,10 @@ from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._algebra.spectrum import is_finite
-from lora_core._config import AdapterConfig
+from lora_core._config import DROPOUTS, AdapterConfig
 from lora_core._errors import ConfigError, MismatchError, UnsupportedLayerError, listed
 from lora_core._formats import Adapter, AdapterLayer
 from lora_core._layers import kind_named, may_be_one, non_finite
-
-_DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-_FORMS = {
-    "lora_mid": "Tucker",
-    "lora_magnitude": "DoRA",
-    "lora_in_magnitude": "DoRA of columns",
-    "lora_bias": "bias",
-    "lora_A0": "subtracted",
-}
 
 
 def check_adapter(what: str, adapter: object) -> Adapter:
@@ -150,9 +141,7 @@ def norm_of(layer: AdapterLayer) -> float | None:
 
 def form_of(layer: AdapterLayer) -> str:
     """What kind of update a layer is, in words."""
-    if layer.config is None:
-        return layer.kind
-    return ", ".join(["LoRA", *(words for part, words in _FORMS.items() if part in layer.parts)])
+    return layer.kind if layer.config is None else layer.config.form
 
 
 def parts_of(layer: AdapterLayer) -> Mapping[str, Tensor]:
@@ -243,7 +232,7 @@ def _laid_out(like: AdapterLayer, part: str, matrix: Tensor, rank: int) -> Tenso
 
 
 def _agreed(layers: Sequence[AdapterLayer]) -> dict[str, Any]:
-    every = [{key: getattr(layer.settings, key) for key in _DROPOUTS} for layer in layers]
+    every = [{key: getattr(layer.settings, key) for key in DROPOUTS} for layer in layers]
     return {
         key: value if all(each[key] == value for each in every) else 0.0
         for key, value in every[0].items()

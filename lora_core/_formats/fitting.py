@@ -48,7 +48,10 @@ def fitted(
     own = kind_named(kind if kind_named(layer.kind) is kind_named("matrix") else layer.kind)
     if own.own_layout:
         wanted = own.fitting(shape, layer.settings)
-        if {part: tuple(t.shape) for part, t in layer.parts.items()} != wanted:
+        held = {part: tuple(t.shape) for part, t in layer.parts.items()}
+        wanted.pop("lora_bias", None)  # the number of groups, which no weight tells, decides it
+        held.pop("lora_bias", None)
+        if held != wanted:
             _refuse(name, layer, shape, kind, where)
         return replace(layer, kind=own.name)
     parts = dict(layer.parts)

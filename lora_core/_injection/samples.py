@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_core._errors import ConfigError, TargetError, listed
 from lora_core._injection.candidates import Candidate
+from lora_core._layers import kind_of
 from lora_core._reports import Report
 
 
@@ -45,7 +45,7 @@ def sampled(
     def watch(name: str) -> Any:
         def note(layer: nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            rows = _rows(layer, x.detach())
+            rows = kind_of(layer).rows(layer, x.detach())
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             with torch.autocast(rows.device.type, enabled=False):
                 seen = rows.T @ rows
@@ -94,20 +94,3 @@ def _call(model: nn.Module, sample: Any) -> None:
         model(*sample)
     else:
         model(sample)
-
-
-def _rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """All that an output of the layer sees, a row for each place."""
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return x.reshape(-1, x.shape[-1])
-    x = x if x.ndim == layer.weight.ndim else x[None]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    x = x.unflatten(1, (layer.groups, -1))  # type: ignore[no-untyped-call]  # (b, g, c, *places)
-    for axis, (kernel, stride, step) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    ):
-        x = x.unfold(3 + axis, (kernel - 1) * step + 1, stride)[..., ::step]
-    places = layer.weight.ndim - 2
-    x = x.movedim(2, 2 + places)  # (b, g, *places, c, *kernel)
-    return x.flatten(2 + places).flatten(0, -2)

@@ -110,6 +110,20 @@ class ConvKind(Kind):
         """The batch, None for an input without one."""
         return x.shape[0] if x.ndim == len(layer.kernel_size) + 2 else None
 
+    def rows(self, layer: Any, x: Tensor) -> Tensor:
+        """A row for each place, and for each group."""
+        x = x if x.ndim == layer.weight.ndim else x[None]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        x = x.unflatten(1, (layer.groups, -1))  # type: ignore[no-untyped-call]  # (b, g, c, *places)
+        for axis, (kernel, stride, step) in enumerate(
+            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        ):
+            x = x.unfold(3 + axis, (kernel - 1) * step + 1, stride)[..., ::step]
+        places = layer.weight.ndim - 2
+        x = x.movedim(2, 2 + places)  # (b, g, *places, c, *kernel)
+        return x.flatten(2 + places).flatten(0, -2)
+
     def inputs(self, layer: Any, x: Tensor) -> tuple[str, bool]:
         """Channels first, batched or not."""
         channels, places = int(layer.in_channels), layer.weight.ndim - 2

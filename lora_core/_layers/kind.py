@@ -209,6 +209,10 @@ class Kind:
         """How many samples an input holds, None where it has no batch dimension."""
         return x.shape[0] if x.ndim > 1 else None
 
+    def rows(self, layer: Any, x: Tensor) -> Tensor:  # noqa: ARG002
+        """All that one output sees of an input, a row for each output; of no input of indices."""
+        return x.reshape(-1, x.shape[-1])
+
     def inputs(self, layer: Any, x: Tensor) -> tuple[str, bool]:
         """The shape that an input must have, and whether `x` has it."""
         size, _ = self.sizes(layer)

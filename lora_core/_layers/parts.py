@@ -15,8 +15,6 @@ from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.kind import Kind, Shape, peek
 from lora_core._layers.lengths import length_of
 
-_OWN = ("kaiming", "gaussian")  # what is drawn is a tensor of its own
-
 
 def factors_of(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """``(lora_A, lora_B)`` of one adapter."""
@@ -166,8 +164,6 @@ def _values(
         lora_A, lora_B = map(torch.stack, zip(*map(draw, matrices), strict=True))
     else:
         lora_A, lora_B = draw(matrices[0])
-    if not batch and config.init not in _OWN:  # what was drawn may be a part of something larger
-        lora_A, lora_B = lora_A.clone(), lora_B.clone()
     if room > rank:
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, room - rank))
         lora_B = nn.functional.pad(lora_B, (0, room - rank))
@@ -180,8 +176,10 @@ def _values(
             values[part] = torch.zeros(shape)
     if config.tucker:
         core = values["lora_mid"][:rank, :rank]
-        bound = 1 / math.sqrt(core[0].numel())
-        core.uniform_(-bound, bound, generator=generator)
+        drawn, _ = functional.initial_factors(
+            "kaiming", (0, core[0].numel()), rank, generator=generator
+        )
+        core.copy_(drawn.view(core.shape))
     if config.dora and not config.dora_in:
         values["lora_magnitude"] = length_of(module, kind.matrix(weight)).clone()
     kind.tidy(module, values)
@@ -201,24 +199,10 @@ def reset_parts(layer: Any, name: str) -> None:
             f"An adapter must keep what it was made from, but {name!r} ({what}) lost it on the"
             " meta device. Eject it, load the base, and inject or load it then."
         )
-    with torch.no_grad():
-        for part, p in parts_of(layer, name).items():
-            p.zero_()
-            if part in ("lora_A", "lora_mid"):
-                _refill(layer, p, part, config)
-        layer.lora_kind.tidy(layer, {"lora_A": factors_of(layer, name)[0].data})
-
-
-def _refill(layer: Any, p: Tensor, part: str, config: AdapterConfig) -> None:
-    """Draws the first values of a part, but for ranks that are only reserved."""
     kind: Kind = layer.lora_kind
-    for dim in kind.ranks_of(part):
-        p = p.narrow(dim, 0, config.rank)
-    if part == "lora_A" and config.init != "kaiming":
-        for matrix in p.flatten(0, -3) if p.ndim > 2 and kind.is_batched else [p]:
-            like = torch.empty(kind.sizes(layer)[1], matrix[0].numel(), device="meta")
-            drawn, _ = functional.initial_factors(config.init, like, config.rank, config.scale)
-            matrix.copy_(drawn.view(matrix.shape))
-        return
-    bound = 1 / math.sqrt(kind.fan_in(p[0].numel()))
-    p.uniform_(-bound, bound)
+    parts = parts_of(layer, name)
+    shapes = {part: tuple(p.shape) for part, p in parts.items()}
+    with drawing():
+        values = _values(layer, peek(layer), kind, config, shapes, None, None)
+        for part, p in parts.items():
+            p.copy_(values[part])

@@ -43,8 +43,7 @@ class LayerReport:
     @property
     def form(self) -> str:
         """What kind of update it is: "LoRA", or with its additions as in "LoRA, DoRA"."""
-        having = (setting.form(self.config) for setting in SETTINGS.values())
-        return ", ".join(["LoRA", *filter(None, having)])
+        return self.config.form
 
     @property
     def rank(self) -> int:
