@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lora_core import ConfigError, disabled, eject, parameters
+from lora_core import ConfigError, disabled, eject, inject, parameters
 from tests.laws.zoo import adapter_keys, bits, flags, gradients, loss_of, plain, same_bits
 
 
@@ -155,6 +155,18 @@ def test_a_fresh_adapter_that_comes_from_the_meta_device_starts_at_nothing(kind)
     assert_close(model.eval()(x), plain(kind, x, seed=11))
     loss_of(model(x)).backward()
     assert any(p.grad.abs().max() > 0 for p in parameters(model))
+
+
+def test_an_adapter_that_comes_from_the_meta_device_is_drawn_as_widely_as_a_fresh_one(kind):
+    kind.excuse("meta")
+    wide, hollow = kind.bare(), on_meta(kind)
+    for model in (wide, hollow):
+        inject(model, **{"rank": 4, **kind.options})
+    fresh = dict(wide.named_parameters())
+    drawn = dict(hollow.to_empty(device="cpu").named_parameters())
+    for name, p in fresh.items():
+        if "lora_A_" in name or "lora_mid_" in name:
+            assert 0.6 < drawn[name].norm() / p.norm() < 1.7
 
 
 def test_a_bare_model_from_the_meta_device_is_adapted_once_it_is_loaded(kind):
