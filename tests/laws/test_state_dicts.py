@@ -166,7 +166,7 @@ def test_an_adapter_that_comes_from_the_meta_device_is_drawn_as_widely_as_a_fres
     drawn = dict(hollow.to_empty(device="cpu").named_parameters())
     for name, p in fresh.items():
         if "lora_A_" in name or "lora_mid_" in name:
-            assert 0.6 < drawn[name].norm() / p.norm() < 1.7
+            assert 0.6 < drawn[name].abs().max() / p.abs().max() < 1.7
 
 
 def test_a_bare_model_from_the_meta_device_is_adapted_once_it_is_loaded(kind):
