@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,52 @@ def test_a_merged_weight_that_was_changed_is_refused_and_nothing_is_done() -> No
     with torch.no_grad():
         model[1].weight[7, 3] -= 1.0
     assert_same_bits(model[0].weight, changed["0.weight"])
+
+
+def exchange_rows(w: Tensor) -> None:
+    w[[0, 1]] = w[[1, 0]].clone()
+
+
+def exchange_columns(w: Tensor) -> None:
+    w[:, [2, 5]] = w[:, [5, 2]].clone()
+
+
+def exchange_two(w: Tensor) -> None:
+    w[0, 3], w[9, 8] = float(w[9, 8]), float(w[0, 3])
+
+
+def turn_two_signs(w: Tensor) -> None:
+    w[4, 3] *= -1
+    w[5, 3] *= -1
+
+
+def roll(w: Tensor) -> None:
+    w.copy_(w.roll(7, 0))
+
+
+CHANGES = [exchange_rows, exchange_columns, exchange_two, turn_two_signs, roll]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(256, 256), (129, 257), (1100, 640)])
+def test_numbers_that_changed_places_or_signs_are_noticed_before_anything_is_done(
+    change: Callable[[Tensor], None], dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(*shape[::-1])).to(dtype)
+    for layer in model:
+        nn.init.normal_(layer.weight, 0, 0.02)
+    lora_core.inject(model, rank=2, targets=nn.Linear)
+    for p in lora_core.parameters(model):
+        p.data.normal_(0, 0.01)
+    model[1].lora_B_default.data.zero_()  # so that an exchange would give another original
+    lora_core.merge(model, reversible="compact")
+    assert list(compact(model)) == ["0", "1"]
+    with torch.no_grad():
+        change(model[1].weight)
+    with pytest.raises(MergeError, match="^A merged weight must be as `merge` left it to be unm"):
+        lora_core.unmerge(model)
+    assert list(compact(model)) == ["0", "1"]
 
 
 def test_an_original_that_would_be_wrong_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

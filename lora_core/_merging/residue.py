@@ -8,6 +8,7 @@ taken modulo its width, so that any bits can be the original's and any C's.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ _LEAST = 2**14  # of fewer numbers a copy takes less time, and little memory
 _SAMPLE = 2**12  # numbers by which it is told how large the distances are
 _CHUNK = 128  # numbers that are looked over together for those that are far
 _FAR = 1 / 16  # of more far numbers than this share, a copy takes hardly more memory
+_DEEP, _COLUMNS = 16, 509  # words of one column in a block, of which they are added up at once
 _FEW = 1 / 512  # so few that are far from what half a byte holds take no time
 _BYTE, _HALF_BYTE = 127, 7  # the largest distance that each can hold; the smallest is one more
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
@@ -343,9 +345,32 @@ def _beyond(distance: Tensor, limit: int) -> Tensor:
 
 
 def _sum(values: Tensor) -> Tensor:
-    """The sum of the bits of contiguous values, modulo two to the 64."""
+    """A sum over the bits of contiguous values, each times a number of its place, modulo 2^64.
+
+    Two numbers that are exchanged are told by it, unless they stand in one block, a whole number of
+    `_COLUMNS` words apart.
+    """
     flat, many = values.view(-1), 8 // values.itemsize
     if flat.numel() % many:
-        return _as_whole(flat).sum()
-    # eight bytes at once, which must be at a place that is a multiple of eight
-    return (flat.clone() if flat.storage_offset() % many else flat).view(torch.int64).sum()
+        words = _as_whole(flat).to(torch.int64)
+    else:  # eight bytes at once, which must be at a place that is a multiple of eight
+        words = (flat.clone() if flat.storage_offset() % many else flat).view(torch.int64)
+    blocks = words[: len(words) // (_DEEP * _COLUMNS) * _DEEP * _COLUMNS]
+    rest = words[len(blocks) :]
+    columns = blocks.view(-1, _DEEP, _COLUMNS).sum(1) * _multipliers(_COLUMNS, words)
+    total = (columns.sum(1) * _multipliers(len(columns), words)).sum()
+    return total + (rest * _multipliers(len(rest), words)).sum()
+
+
+def _multipliers(many: int, like: Tensor) -> Tensor:
+    """So many odd numbers without a pattern, the same everywhere."""
+    return _mixed(1 << (many - 1).bit_length() if many > 1 else 1, like.device)[:many]
+
+
+@lru_cache
+def _mixed(many: int, device: torch.device) -> Tensor:
+    """Whole numbers, as `splitmix64` mixes them, made odd."""
+    mixed = torch.arange(1, many + 1, device=device) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
+    return mixed | 1

@@ -138,8 +138,8 @@ def merge(
 def unmerge(model: nn.Module) -> MergeReport:
     """Hands the original weights back, bit for bit, in place.
 
-    After a compact merge they are made again, one layer at a time: an interrupt leaves each merged
-    or not, and another call does the rest.
+    After a compact merge they are made again, one layer at a time: an interrupt, or a layer that
+    can't be made again here, leaves each merged or not, and another call does the rest.
 
     Raises:
         AdapterError: If the model has no adapter.
