@@ -24,7 +24,7 @@ _LEAST = 2**14  # of fewer numbers a copy takes less time, and little memory
 _SAMPLE = 2**12  # numbers by which it is told how large the distances are
 _CHUNK = 128  # numbers that are looked over together for those that are far
 _FAR = 1 / 16  # of more far numbers than this share, a copy takes hardly more memory
-_DEEP, _COLUMNS = 16, 509  # words of one column in a block, of which they are added up at once
+_DEEP, _COLUMNS = 64, 509  # words of one column in a block, of which they are added up at once
 _FEW = 1 / 512  # so few that are far from what half a byte holds take no time
 _BYTE, _HALF_BYTE = 127, 7  # the largest distance that each can hold; the smallest is one more
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
@@ -347,17 +347,19 @@ def _beyond(distance: Tensor, limit: int) -> Tensor:
 def _sum(values: Tensor) -> Tensor:
     """A sum over the bits of contiguous values, each times a number of its place, modulo 2^64.
 
-    Two numbers that are exchanged are told by it, unless they stand in one block, a whole number of
-    `_COLUMNS` words apart.
+    It tells two numbers that are exchanged, or both negated, unless they stand in one block, and a
+    multiple of `_COLUMNS` words apart.
     """
-    flat, many = values.view(-1), 8 // values.itemsize
+    # of half the bits of a sum: no factor moves the first bit of one, and signs may be first bits
+    flat, many = values.view(-1), max(4 // values.itemsize, 1)
     if flat.numel() % many:
-        words = _as_whole(flat).to(torch.int64)
-    else:  # eight bytes at once, which must be at a place that is a multiple of eight
-        words = (flat.clone() if flat.storage_offset() % many else flat).view(torch.int64)
+        words = _as_whole(flat).to(torch.int32)
+    else:  # four bytes at once, which must be at a place that is a multiple of four
+        words = (flat.clone() if flat.storage_offset() % many else flat).view(torch.int32)
     blocks = words[: len(words) // (_DEEP * _COLUMNS) * _DEEP * _COLUMNS]
     rest = words[len(blocks) :]
-    columns = blocks.view(-1, _DEEP, _COLUMNS).sum(1) * _multipliers(_COLUMNS, words)
+    columns = blocks.view(-1, _DEEP, _COLUMNS).sum(1, dtype=torch.int32)
+    columns = columns * _multipliers(_COLUMNS, words)
     total = (columns.sum(1) * _multipliers(len(columns), words)).sum()
     return total + (rest * _multipliers(len(rest), words)).sum()
 
