@@ -625,3 +625,36 @@ def test_room_is_made_for_layers_and_not_for_vectors(tmp_path: Path) -> None:
 def test_strict_is_true_or_false(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="^`strict` must be True or False, but is 'no'.$"):
         lora_core.load(nn.Linear(2, 2), tmp_path / "a", strict="no")  # type: ignore[arg-type]
+
+
+def test_a_bias_in_a_file_of_ours_must_find_one(tmp_path: Path) -> None:
+    model, bare = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8, bias=False))
+    lora_core.inject(model, rank=2, targets="0", bias=True)
+    lora_core.save(model, tmp_path / "a.safetensors")
+    said = "1 of 1 differ: '0 (file adds to a bias, model has none there)'. Load it into the model"
+    with pytest.raises(MismatchError, match=re.escape(said)):
+        lora_core.load(bare, tmp_path / "a.safetensors", check_base=False)
+    with pytest.raises(
+        ConfigError, match=r"^A setting must fit its layer, but `bias=True` needs a"
+    ):
+        lora_core.inject(bare, rank=2, targets=["0"], rules={"0": {"bias": True}})
+    assert type(bare[0]) is nn.Linear
+
+
+def test_a_file_that_drops_inputs_drops_none_where_a_parameter_is_read(tmp_path: Path) -> None:
+    source = nn.ModuleDict({"attn": nn.ModuleDict({"out_proj": nn.Linear(8, 8)})})
+    lora_core.inject(source, rank=2, targets="out_proj", dropout=0.1, name="p")
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    lora_core.inject(model, rank=2, targets="out_proj", name="q")
+    for p in (*lora_core.parameters(source), *lora_core.parameters(model)):
+        p.data.normal_()
+    path = tmp_path / "p.safetensors"
+    lora_core.save(source, path)
+    with pytest.warns(UserWarning, match="no input is dropped where a parameter is read: 'attn.ou"):
+        report = lora_core.load(model, path, check_base=False)
+    assert report.layers[0].config.dropout == 0
+    lora_core.scales(model, p=1.0, q=1.0)
+    read = [model.train(mode)["attn"].out_proj.weight.detach() for mode in (True, False)]
+    assert torch.equal(*read)
+    lora_core.scales(model, q=1.0)
+    assert not torch.equal(model["attn"].out_proj.weight, read[0])

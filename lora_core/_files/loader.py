@@ -134,6 +134,9 @@ def load(
     notes += compare_aliases(host, file, found, path, strict)
     if check_base and file.base:
         notes += compare_base(file, found, path, strict)
+    unheard = [n for n, c in found.items() if kind_of(c.module).is_read]
+    dry = [n for n in unheard if file.layers[n].settings.dropout]
+    notes += [f"no input is dropped where a parameter is read: {listed(dry)}"] if dry else []
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     known: dict[AdapterConfig, AdapterConfig] = {}  # one object for all layers that are alike
@@ -200,8 +203,10 @@ def _graft(
     config = layer.settings
     if config.reserve_rank != room:
         config = dataclasses.replace(config, reserve_rank=room)
-    config = known.setdefault(config, config)
     kind = kind_of(candidate.module)
+    if kind.is_read and config.dropout:
+        config = dataclasses.replace(config, dropout=0.0)
+    config = known.setdefault(config, config)
     refusal = room and kind.refusal(candidate.module, config)
     if refusal:
         raise ConfigError(f"A setting must fit its layer, but {refusal} at {candidate.name!r}.")

@@ -16,7 +16,7 @@ from lora_core._formats.bases import rebased
 from lora_core._formats.conforming import apart, changed, conformed, joined
 from lora_core._formats.naming import Host, Resolution, resolve
 from lora_core._injection import Candidate
-from lora_core._layers import LINEAR, Slot, kind_named, kind_of, may_be_one, peek
+from lora_core._layers import LINEAR, Slot, has_bias, kind_named, kind_of, may_be_one, peek
 
 
 def as_models(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -418,6 +418,8 @@ def _misfit(name: str, candidate: Candidate, layer: AdapterLayer) -> str:
         layer.parts["lora_A"].ndim == 2 and may_be_one(kind.name, layer.kind)
     ):
         return f"{name} (file a layer of kind {layer.kind!r}, model {kind.name!r})"
+    if layer.settings.bias and not has_bias(module):
+        return f"{name} (file adds to a bias, model has none there)"
     try:
         mine = kind.shapes(module, layer.settings)
     except ValueError:  # too few dimensions for this form

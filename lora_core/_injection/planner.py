@@ -33,6 +33,7 @@ from lora_core._layers import (
     Slot,
     State,
     factor_names,
+    has_bias,
     host_of,
     layer_config,
     peek,
@@ -300,7 +301,7 @@ def _configure(
             ruled = any(overrides.get("bias") for overrides in found)
             mine = checked_settings(reduce(or_, map(dict, found), dict(settings)))
         # asked for in general, it is for those that have one
-        if mine["bias"] and not ruled and not _has_bias(c):
+        if mine["bias"] and not ruled and not has_bias(c.module):
             mine = {**mine, "bias": False}
         weight = peek(c.module)
         # layers of one class whose weights are alike have one config
@@ -316,11 +317,6 @@ def _configure(
             " has one. Leave it out."
         )
     return configs
-
-
-def _has_bias(candidate: Candidate) -> bool:
-    module = candidate.module
-    return isinstance(module, nn.Module) and module._parameters.get("bias") is not None
 
 
 def _host_name(candidate: Candidate) -> str:

@@ -7,7 +7,7 @@ from lora_core._layers.context import BARE, PINS, at_rest, changing, pin_of, ref
 from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explanation import explain
-from lora_core._layers.fit import kind_for, kind_of, layer_config, sizes, why_not
+from lora_core._layers.fit import has_bias, kind_for, kind_of, layer_config, sizes, why_not
 from lora_core._layers.kind import (
     LINEAR,
     Kind,
@@ -99,6 +99,7 @@ __all__ = [
     "factors_of",
     "filed_kinds",
     "fresh_parts",
+    "has_bias",
     "host_of",
     "kind_for",
     "kind_named",

@@ -133,9 +133,16 @@ def layer_config(
     own = {"rank": rank, "reserve_rank": reserve, "alpha": alpha, "dtype": dtype}
     config = AdapterConfig(**{**checked, **own})
     refusal = kind.refusal(module, config) or _unreadable(weight, config)
+    if config.bias and not has_bias(module):
+        refusal = refusal or "`bias=True` needs a bias to add to, and this layer has none"
     if refusal:
         raise ConfigError(f"A setting must fit its layer, but {refusal}{where}.")
     return config
+
+
+def has_bias(module: nn.Module | Slot) -> bool:
+    """Whether a layer has a bias that an adapter can add to."""
+    return isinstance(module, nn.Module) and isinstance(getattr(module, "bias", None), Tensor)
 
 
 def _unreadable(weight: Tensor, config: AdapterConfig) -> str:

@@ -195,7 +195,7 @@ class LoRAWeight(LoRAMixin):
         updates = active(self).updates
         if not updates:
             return weight
-        (lora_A, lora_B, gain, _), *_ = updates
+        ((lora_A, lora_B, gain, _),) = updates  # as nothing drops a part of an input
         start, stop = self.lora_rows or (0, weight.shape[0])
         with without_autocast(weight):
             rows = weight[start:stop]
