@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from torch import nn
 
 import lora_core
 from benchmarks.measure import peak_bytes
-from lora_core import LoRALinear, MergeError, UnsupportedLayerError
+from lora_core import ConfigError, LoRALinear, MergeError, UnsupportedLayerError
 from lora_core._layers import LoRAMixin, delta_of, factors_of
-from lora_core._merging import sums
+from lora_core._merging import sums, verbs
 from lora_core._merging.contact import site_of, sum_of
 from lora_core._merging.sums import Sum
 from lora_core.testing.laws import train_pretend
@@ -913,3 +914,37 @@ def test_a_merge_in_place_is_two_passes_over_a_weight_and_few_operations_more() 
     # the norms that bound the sum: of each weight and of its two factors
     assert counts["aten::linalg_vector_norm"] <= 3 * len(model) + 8
     assert "aten::add_" not in counts
+
+
+@pytest.mark.parametrize("reversible", [True, "compact", False])
+def test_two_threads_that_merge_one_model_merge_it_once(
+    monkeypatch: pytest.MonkeyPatch, reversible: Any
+) -> None:
+    model = nn.Sequential(nn.Linear(256, 256))
+    lora_core.inject(model, rank=2, targets="0")
+    for p in lora_core.parameters(model):
+        p.data.normal_(0, 0.01)
+    before, honest, once = model[0].weight.clone(), verbs.check_factors, []
+
+    def slow(sites: Any) -> Any:
+        if not once:
+            once.append(threading.Thread(target=lambda: lora_core.merge(model)))
+            once[0].start()
+            once[0].join()
+        return honest(sites)
+
+    monkeypatch.setattr(verbs, "check_factors", slow)
+    said = "A layer must be unmerged to be merged, but '0' was merged by another thread meanwhile."
+    with pytest.raises(MergeError, match=f"^{re.escape(said)}"):
+        lora_core.merge(model, reversible=reversible)
+    lora_core.unmerge(model)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_nothing_is_kept_anywhere_by_a_merge_that_keeps_nothing() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    lora_core.inject(model, rank=2, targets="0")
+    said = "`keep` must go with a merge that keeps something, but `reversible` is False and `keep`"
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)} is 'cpu'"):
+        lora_core.merge(model, reversible=False, keep="cpu")
+    assert model[0].lora_state.merged is None

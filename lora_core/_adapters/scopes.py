@@ -16,6 +16,7 @@ from lora_core._layers import (
     State,
     Strength,
     change,
+    changing,
     lock,
     peek,
     refuse_pinned,
@@ -150,8 +151,9 @@ def _hide(layer: LoRAMixin) -> None:
     kind, merged = layer.lora_kind, layer.lora_state.merged
     if merged is not None and merged.merged is None and merged.kept is not None:
         held, bias = kind.held(layer), kind.held_bias(layer)
-        change(layer, merged=merged._replace(merged=held, merged_bias=bias))
-        kind.put(layer, merged.kept, merged.bias)
+        with changing(layer):
+            change(layer, merged=merged._replace(merged=held, merged_bias=bias))
+            kind.put(layer, merged.kept, merged.bias)
 
 
 def _show(layer: LoRAMixin) -> None:
@@ -160,8 +162,9 @@ def _show(layer: LoRAMixin) -> None:
     merged = None if state is None else state.merged
     if merged is not None and merged.merged is not None:
         bias = None if merged.bias is None else merged.merged_bias
-        layer.lora_kind.put(layer, merged.merged, bias)
-        change(layer, merged=merged._replace(merged=None, merged_bias=None))
+        with changing(layer):
+            layer.lora_kind.put(layer, merged.merged, bias)
+            change(layer, merged=merged._replace(merged=None, merged_bias=None))
 
 
 @contextmanager

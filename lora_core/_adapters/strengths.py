@@ -121,9 +121,14 @@ def scales(
         >>> summary(layer).adapters[0].strengths
         (1.0,)
     """
-    layers = layers_with(model, None)
+    with lock():  # or another thread's eject could come between the look and the choice
+        return _scales(layers_with(model, None), samples, dict(strengths))
+
+
+def _scales(
+    layers: Mapping[str, LoRAMixin], samples: Sequence[Sample] | None, asked: dict[str, Any]
+) -> Scales:
     known = adapter_names(layers)
-    asked: dict[str, Any] = dict(strengths)
     if samples is not None:
         if asked:
             raise ConfigError(

@@ -134,8 +134,11 @@ def load(
     notes += compare_aliases(host, file, found, path, strict)
     if check_base and file.base:
         notes += compare_base(file, found, path, strict)
-    unheard = [n for n, c in found.items() if kind_of(c.module).is_read]
-    dry = [n for n in unheard if file.layers[n].settings.dropout]
+    dry = [
+        n
+        for n, c in found.items()
+        if (config := file.layers[n].config) and config.dropout and kind_of(c.module).is_read
+    ]
     notes += [f"no input is dropped where a parameter is read: {listed(dry)}"] if dry else []
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)

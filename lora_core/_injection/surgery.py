@@ -135,7 +135,7 @@ def graft(
         others: Whether that includes the factors of other adapters.
     """
     with_parameters = [m for m in modules if m._parameters]
-    with all_or_nothing(modules[0], with_parameters):
+    with lock(), all_or_nothing(modules[0], with_parameters):
         for module in with_parameters if freeze else ():
             freeze_module(module, name, others=others)
         slot: dict[str, object] = {name: object()}
@@ -296,7 +296,7 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
     )
     ours = (LoRAMixin, WeightReader)
     changed = [m for m in modules if FROZEN in vars(m) or isinstance(m, ours)]
-    with all_or_nothing(model, changed):
+    with lock(), all_or_nothing(model, changed):
         for layer in layers.values():
             for adapter in [n for n in names if n in layer.lora_state.configs]:
                 detach(layer, adapter)

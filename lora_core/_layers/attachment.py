@@ -48,7 +48,7 @@ def attach(
         layer: LoRAMixin = module.occupy()
     else:
         if STATE not in vars(module):  # before the class: another thread's call finds it
-            vars(module)[STATE] = State()
+            vars(module)[STATE] = State(change=Change())  # of its own: another stand of tensors
         if not isinstance(module, LoRAMixin):
             # as `module.__class__ = ...`, past what a module does for each attribute
             object.__setattr__(module, "__class__", adapted_class(type(module)))

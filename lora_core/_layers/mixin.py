@@ -16,7 +16,7 @@ from lora_core._errors import MergeError, UnsupportedLayerError
 from lora_core._layers.context import checked, is_ordinary, is_watched, recorded, settled
 from lora_core._layers.kind import KINDS, TRANSPOSED, Kind, host_kind
 from lora_core._layers.parts import factors_of, parts_of, reset_parts
-from lora_core._layers.state import STATE, State, change, is_settled, select, state_of
+from lora_core._layers.state import STATE, State, change, is_settled, lock, select, state_of
 from lora_core._layers.updates import Active, active, added
 
 _MARK = "lora_merged"  # key beside a merged weight in a state dict
@@ -90,7 +90,8 @@ class LoRAMixin(nn.Module):
         for name in hollow:  # with memory now, perhaps, but never with values
             if not factors_of(self, name)[0].is_meta:
                 reset_parts(self, name)
-        change(self, selection=select(self, self.lora_state.strengths))
+        with lock():
+            change(self, selection=select(self, self.lora_state.strengths))
         return self
 
     def _load_from_state_dict(

@@ -20,6 +20,7 @@ from lora_core._layers import (
     bias_delta,
     changing,
     delta_of,
+    lock,
     refuse_pinned,
     runs_as_torch,
     set_merged,
@@ -94,7 +95,7 @@ def merge(
         untie: Whether a weight that another module shares may be given a copy of its own here.
 
     Raises:
-        ConfigError: If `reversible` is neither of the three.
+        ConfigError: If `reversible` is neither of the three, or `keep` goes with False.
         AdapterError: If the model has no adapter.
         MergeError: If it is merged already, nothing is active, a weight is tied elsewhere, a
             merged weight would not be finite, or a host's forward is not proven to follow its
@@ -112,6 +113,11 @@ def merge(
         raise ConfigError(
             f"`reversible` must be True, False or 'compact', but is {reversible!r}. 'compact' keeps"
             " less memory than True."
+        )
+    if keep is not None and not reversible:
+        raise ConfigError(
+            f"`keep` must go with a merge that keeps something, but `reversible` is False and"
+            f" `keep` is {str(keep)!r}. Leave one of them out."
         )
     sites = to_merge(model)
     layers = [site.layer for site in sites.values()]
@@ -275,8 +281,9 @@ class _Done:
         bias, before = None, None
         if site.bias is not None:
             bias, before = _new_bias(name, site), site.layer.lora_kind.held_bias(site.layer)
-        self._begun.append((site, residue, before))
-        with changing(site.layer):
+        with lock(), changing(site.layer):
+            _check_unmerged({name: site})
+            self._begun.append((site, residue, before))
             commit(site, new.view(residue.shape), bias, merged_with(site, residue, None, before))
         self.residues[name] = residue
         losses.add(name, few._replace(old=old))  # the other is a view, of the new one now
@@ -336,7 +343,8 @@ def _merge_into_copies(
     }
     kept = held if keep is None else {n: values.to(keep) for n, values in held.items()}
     losses.finish()
-    with changing(*[site.layer for site in sites.values()]):
+    with lock(), changing(*[site.layer for site in sites.values()]):
+        _check_unmerged(sites)
         for name, site in sites.items():
             layer, own, bias = site.layer, site.own, biases.get(name)
             old_bias = None if bias is None else layer.lora_kind.held_bias(layer)
@@ -355,12 +363,23 @@ def _merge_in_place(sites: Mapping[str, Site], sizes: Sequence[float]) -> dict[s
     # so few that working them out takes less memory than a layer
     losses = Losses(max(_FEW, min(_TOGETHER, largest // 16)))
     for together in _batches(sites):
-        with changing(*[sites[name].layer for name in together]):
+        with lock(), changing(*[sites[name].layer for name in together]):
+            _check_unmerged({name: sites[name] for name in together})
             for name in together:
                 site = sites[name]
                 state = Merged(site.strengths, None)
                 losses.add(name, _put_in_place(name, site, state))
     return losses.finish()
+
+
+def _check_unmerged(sites: Mapping[str, Site]) -> None:
+    """Refuses layers that another thread merged since they were found unmerged."""
+    merged = [n for n, site in sites.items() if site.layer.lora_state.merged is not None]
+    if merged:
+        raise MergeError(
+            f"A layer must be unmerged to be merged, but {listed(merged)} was merged by another"
+            " thread meanwhile. Merge a model in one thread at a time."
+        )
 
 
 def _batches(sites: Mapping[str, Site]) -> list[list[str]]:

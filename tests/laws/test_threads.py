@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import lora_core
-from lora_core import disabled, merge, pinned, scales, unmerge
-from lora_core._layers import linear
+from lora_core import AdapterError, disabled, merge, pinned, scales, unmerge
+from lora_core._adapters import strengths
+from lora_core._layers import attachment, kind, linear, mixin
 from lora_core.testing.laws import train_pretend
 
 
@@ -204,3 +205,87 @@ def test_a_call_that_a_merge_comes_into_runs_again(kind, verb, monkeypatch):
         monkeypatch.setattr(host, "forward", between(host.forward))
     torch.testing.assert_close(layer(x), expected)
     assert came
+
+
+def test_a_choice_beside_an_ejection_names_what_is_gone(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in "ab":
+        lora_core.inject(model, rank=2, targets="0", name=name)
+    honest, once = strengths.lock, []
+
+    def slow():
+        if not once:
+            once.append(threading.Thread(target=lambda: lora_core.eject(model, "a")))
+            once[0].start()
+            once[0].join()
+        return honest()
+
+    monkeypatch.setattr(strengths, "lock", slow)
+    with pytest.raises(
+        AdapterError, match="^`scales` must name adapters of the model, but got 'a'"
+    ):
+        lora_core.scales(model, a=1.0, b=0.5)
+    assert model(torch.ones(2, 8)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("act", ["inject", "cast"])
+def test_a_choice_that_another_thread_makes_meanwhile_is_not_lost(monkeypatch, act):
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora_core.inject(model, rank=2, targets="0", name="a")
+    room = attachment if act == "inject" else mixin
+    honest, threads = room.select, []
+
+    def slow(*args):
+        found = honest(*args)
+        if not threads:
+            threads.append(threading.Thread(target=lambda: lora_core.scales(model, a=0.25)))
+            threads[0].start()
+            threads[0].join(0.2)  # it waits for what goes on here
+        return found
+
+    monkeypatch.setattr(room, "select", slow)
+    if act == "inject":
+        lora_core.inject(model, rank=2, targets="0", name="b")
+    else:
+        model.double()
+    threads[0].join()
+    assert model[0].lora_state.strengths == {"a": 0.25}
+
+
+def test_what_was_ejected_and_injected_again_has_another_stand():
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora_core.inject(model, rank=2, targets="0")
+    before = model[0].lora_state
+    lora_core.eject(model)
+    lora_core.inject(model, rank=2, targets="0")
+    assert model[0].lora_state.change is not before.change
+
+
+def test_a_block_shows_both_weight_and_bias_of_the_base_or_none(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora_core.inject(model, rank=2, targets="0", bias=True)
+    for p in lora_core.parameters(model):
+        p.data.normal_()
+    model.eval()
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        with lora_core.disabled(model):
+            plain = model(x)
+        lora_core.merge(model)
+        merged, seen, put = model(x), [], kind.swap
+
+        def slow(weight, values):
+            put(weight, values)
+            thread = threading.Thread(target=lambda: seen.append(model(x)), daemon=True)
+            thread.start()
+            thread.join(0.05)
+
+        monkeypatch.setattr(kind, "swap", slow)
+        with lora_core.disabled(model):
+            pass
+        monkeypatch.setattr(kind, "swap", put)
+        deadline = time.monotonic() + 10
+        while len(seen) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(seen) == 4
+    assert all(torch.equal(y, plain) or torch.equal(y, merged) for y in seen)
