@@ -27,6 +27,7 @@ from lora_core import (
     plan,
 )
 from lora_core._layers import OWN_NAMES, LoRAMixin, factors_of
+from lora_core._layers import linear as adapted_linear
 from lora_core.testing import check_lora
 
 Make = Callable[[], nn.Module]
@@ -1267,3 +1268,57 @@ def test_a_host_that_takes_its_input_by_name_alone_is_not_merged():
         MergeError, match="must take its input alone to be merged, but that of Named"
     ):
         lora_core.merge(model)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+def test_what_comes_after_an_adapted_layer_in_a_checkpoint_may_work_in_place(kind):
+    hosts = {"linear": nn.Linear(4, 4), "conv": nn.Conv2d(4, 4, 1), "embedding": nn.Embedding(9, 4)}
+    inputs = {"linear": (2, 4), "conv": (1, 4, 3, 3), "embedding": (2,)}
+    model = nn.Sequential(hosts[kind], nn.ReLU(inplace=True))
+    inject(model, rank=2, targets="0")
+    for p in lora_core.parameters(model):
+        p.data.normal_()
+    x = torch.arange(2) if kind == "embedding" else torch.randn(inputs[kind]).requires_grad_()
+    outs = [model(x), torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)]
+    found = [torch.autograd.grad(out.square().sum(), lora_core.parameters(model)) for out in outs]
+    assert torch.equal(*outs)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_constructor_that_refuses_leaves_its_host_as_it_was():
+    host = nn.Linear(8, 8)
+    host(torch.randn(2, 8)).sum().backward()
+    before = host.weight.grad.clone()
+    with pytest.raises(ConfigError, match="must be at most"):
+        LoRALinear(host, rank=2, alpha=1e300)
+    assert host.weight.requires_grad
+    assert torch.equal(host.weight.grad, before)
+
+
+def test_a_host_that_returns_no_tensor_is_called_once():
+    calls = []
+
+    class Host(nn.Linear):
+        def forward(self, x):
+            calls.append(x)
+            return (super().forward(x),)
+
+    model = nn.Sequential(Host(8, 8))
+    inject(model, rank=2, targets="0")
+    with pytest.raises(UnsupportedLayerError, match="must return a tensor, but Host returns tuple"):
+        model(torch.randn(2, 8))
+    assert len(calls) == 1
+
+
+def test_a_fault_in_a_fused_form_shows_at_once(monkeypatch):
+    model, calls = nn.Sequential(nn.Linear(8, 8)), []
+    inject(model, rank=2, targets="0")
+
+    def broken(*args, **kwargs):
+        calls.append(args)
+        raise KeyError("a fault of its own")
+
+    monkeypatch.setattr(adapted_linear, "fused_lora_linear", broken)
+    with pytest.raises(KeyError, match="a fault of its own"):
+        model(torch.randn(2, 8))
+    assert len(calls) == 1

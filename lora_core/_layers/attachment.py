@@ -1,5 +1,6 @@
 """Putting an adapter on one layer, exchanging it and taking it off."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,6 +90,8 @@ def exchange(
         known = old[part].requires_grad if part in old else training
         p.requires_grad_(known and not part.endswith("0"))
         held[f"{part}_{name}"] = p
+    if config is state.configs[name]:  # a pin tells what was replaced by its settings
+        config = dataclasses.replace(config)
     configs = {**state.configs, name: config}
     new = state.having(
         configs=configs, selection=select(layer, state.strengths, configs), change=Change()
@@ -164,13 +167,13 @@ def adopt(
     for key, p in host._parameters.items():
         layer.register_parameter(key, p)
     layer.training = host.training
-    trained = {key: True for key, p in layer.named_parameters() if p.requires_grad}
+    attach(layer, name, config, tensors)  # which may refuse, and then the host is as it was
+    trained = {key: True for key, p in host.named_parameters() if p.requires_grad}
     if trained:
         vars(layer)[FROZEN] = {name: trained}
-    for p in layer.parameters():
+    for p in host.parameters():
         p.requires_grad_(False)
         p.grad = None  # an optimiser would go on stepping with it
-    attach(layer, name, config, tensors)
     # placed by hand, nobody tells the nn.TransformerEncoderLayer above
     layer.register_forward_pre_hook(call_me)
 

@@ -180,16 +180,11 @@ def checked(layer: nn.Module, out: Tensor) -> Tensor:
 class _Marked(torch.autograd.Function):
     """The identity, which saves a tensor without numbers and with a shape that says something."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(out: Tensor, mark: int) -> Tensor:  # noqa: ARG004  # kept for the backward
-        return out.view_as(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:  # noqa: ARG004
-        out, mark = inputs
+    def forward(ctx: Any, out: Tensor, mark: int) -> Tensor:
+        ctx.mark_dirty(out)  # itself, or what comes after could not work on it in place
         ctx.save_for_backward(out.new_empty(0, mark))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -198,4 +193,4 @@ class _Marked(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, mark: None) -> Tensor:  # noqa: ARG004
-        return tangent.view_as(tangent)
+        return tangent

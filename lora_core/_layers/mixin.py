@@ -50,22 +50,16 @@ class LoRAMixin(nn.Module):
             host, kind, update = self.lora_host_class.forward, self.lora_kind, state.pair.read(self)
         except (AttributeError, KeyError):  # of an adapter that another thread takes off
             return call(self, x, args, kwargs)
-        out: Any = host(self, *args)
-        if isinstance(out, Tensor):
-            out = out + kind.update(self, x, update, *args[1:]).to(out.dtype)
-            if is_settled(self, state):
-                return cast(Tensor, checked(self, out) if is_watched() else out)
+        base = _tensor(self, host(self, *args))
+        out = base + kind.update(self, x, update, *args[1:]).to(base.dtype)
+        if is_settled(self, state):
+            return checked(self, out) if is_watched() else out
         return call(self, x, args, kwargs)
 
     def lora_sum(self, found: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The output of the host's own forward plus what is active."""
         x, *more = inputs_of(self, args, kwargs) if kwargs else args
-        base = self.lora_host_class.forward(self, *args, **kwargs)
-        if not isinstance(base, Tensor):
-            raise UnsupportedLayerError(
-                f"An adapted layer's host must return a tensor, but {self.lora_host_class.__name__}"
-                f" returns {type(base).__name__}. Eject the adapter from this layer."
-            )
+        base = _tensor(self, self.lora_host_class.forward(self, *args, **kwargs))
         return checked(self, added(self, x, base, found, *more))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -140,6 +134,16 @@ OWN_NAMES = frozenset(
     for name in (*vars(LoRAMixin), *LoRAMixin.__annotations__, "lora_plain_attributes")
     if name.startswith("lora_")
 )
+
+
+def _tensor(layer: Any, out: object) -> Tensor:
+    """What a host returned, if it is a tensor."""
+    if isinstance(out, Tensor):
+        return out
+    raise UnsupportedLayerError(
+        f"An adapted layer's host must return a tensor, but {layer.lora_host_class.__name__}"
+        f" returns {type(out).__name__}. Eject the adapter from this layer."
+    )
 
 
 def inputs_of(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -160,6 +160,9 @@ class Change:
     def __init__(self, thread: int | None = None) -> None:
         self.thread = thread
 
+    def __reduce__(self) -> Any:
+        return Change, ()  # nobody changes a copy
+
 
 class State(NamedTuple):
     """What a layer knows of its adapters; every change is one assignment of another one.

@@ -1,6 +1,9 @@
 """Threads: forwards beside each other, and beside one that switches adapters."""
 
+import copy
+import dataclasses
 import itertools
+import pickle
 import sys
 import threading
 import time
@@ -15,7 +18,7 @@ from torch import nn
 import lora_core
 from lora_core import AdapterError, disabled, merge, pinned, scales, unmerge
 from lora_core._adapters import strengths
-from lora_core._layers import attachment, kind, linear, mixin
+from lora_core._layers import attachment, changing, kind, linear, mixin
 from lora_core.testing.laws import train_pretend
 
 
@@ -289,3 +292,38 @@ def test_a_block_shows_both_weight_and_bias_of_the_base_or_none(monkeypatch):
             time.sleep(0.01)
     assert len(seen) == 4
     assert all(torch.equal(y, plain) or torch.equal(y, merged) for y in seen)
+
+
+def test_a_copy_that_is_made_amid_a_change_can_be_called():
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora_core.inject(model, rank=2, targets="0")
+    copies = []
+    with changing(model[0]):
+        for make in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+            thread = threading.Thread(target=lambda make=make: copies.append(make(model)))
+            thread.start()
+            thread.join()
+    for each in copies:
+        called = threading.Thread(target=each, args=(torch.ones(2, 8),), daemon=True)
+        called.start()
+        called.join(10)
+        assert not called.is_alive()
+
+
+def test_a_value_that_is_replaced_by_one_of_equal_settings_is_missed_by_a_pin():
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora_core.inject(model, rank=2, targets="0")
+    one = lora_core.adapter_of(model)
+    layer = one.layers["0"]
+    parts = {part: 3 * p.detach() + 1 for part, p in layer.parts.items()}
+    other = dataclasses.replace(one, layers={"0": dataclasses.replace(layer, parts=parts)})
+    bare = nn.Sequential(nn.Linear(8, 8))
+    lora_core.load(bare, one, "x", check_base=False)
+    with pinned(bare):
+        act = threading.Thread(
+            target=lambda: lora_core.load(bare, other, "x", check_base=False, replace=True)
+        )
+        act.start()
+        act.join()
+        with pytest.raises(AdapterError, match="must stay while it is pinned, but 'x' was taken"):
+            bare(torch.ones(2, 8))
