@@ -696,3 +696,33 @@ def test_a_child_forked_while_a_thread_switches_adapters_is_not_stuck():
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", [disabled, lambda model: scales(model, default=0.25)])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_at_the_end_of_a_block_comes_after_it(monkeypatch, block, merged, after):
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3))).eval()
+    inject(model, rank=2, targets=nn.Linear)
+    for p in parameters(model):
+        p.data.normal_()
+    if merged and block is not disabled:
+        return  # strengths are chosen while unmerged
+    if merged:
+        merge(model)
+    x = torch.randn(2, 6)
+    expected, honest, once = model(x), scopes.change, []
+
+    def interrupted(*args, **changes):
+        if after or once:
+            honest(*args, **changes)
+        if not once:
+            once.append(True)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), block(model):
+        monkeypatch.setattr(scopes, "change", interrupted)
+    assert torch.equal(model(x), expected)
+    with disabled(model), disabled(model):
+        pass
+    assert torch.equal(model(x), expected)

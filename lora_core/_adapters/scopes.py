@@ -64,10 +64,18 @@ class Scope:
         return not self._found
 
     def undo(self) -> None:
-        """Puts back what was there before."""
+        """Puts back what was there before; an interrupt comes afterwards."""
+        interrupts: list[BaseException] = []
         with lock():
             for layer in list(self._found):
-                self._leave(layer)
+                try:
+                    self._leave(layer)
+                except KeyboardInterrupt as interrupt:
+                    interrupts.append(interrupt)
+                    if layer in self._found:  # each step may be done twice
+                        self._leave(layer)
+        for interrupt in interrupts:
+            raise interrupt
 
     def _leave(self, layer: LoRAMixin) -> None:
         mine, scopes = self._found[layer], _scopes(layer)
