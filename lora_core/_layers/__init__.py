@@ -34,8 +34,11 @@ from lora_core._layers.parts import (
 )
 from lora_core._layers.state import (
     FROZEN,
+    ONCE,
     STATE,
     Merged,
+    Order,
+    PerSample,
     Selection,
     State,
     Strength,
@@ -63,6 +66,7 @@ __all__ = [
     "CHILD",
     "FROZEN",
     "LINEAR",
+    "ONCE",
     "OWN_NAMES",
     "PINS",
     "PROJECTIONS",
@@ -77,6 +81,8 @@ __all__ = [
     "LoRAMixin",
     "LoRAWeight",
     "Merged",
+    "Order",
+    "PerSample",
     "Selection",
     "Slot",
     "State",
