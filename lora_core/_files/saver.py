@@ -14,8 +14,8 @@ from lora_core._formats import Adapter, AdapterLayer, write
 from lora_core._formats.folding import without_first
 from lora_core._formats.peft import CONFIG, WEIGHTS
 from lora_core._injection import walk
-from lora_core._layers import LoRAMixin, parts_of, stored_parts
-from lora_core._reports import SaveReport
+from lora_core._layers import LoRAMixin, idle, parts_of, stored_parts
+from lora_core._reports import SaveReport, idleness
 
 
 def save(
@@ -34,7 +34,8 @@ def save(
 
     Atomic, and byte for byte the same for the same adapter, merged or not. Strengths set by
     `scales` are not part of an adapter and are not saved; rank, alpha, dropout and `rslora` are.
-    Whatever a format has no place for is refused, never dropped.
+    Whatever a format has no place for is refused, never dropped. The receipt names the layers on
+    which the adapter is as it began, and adds nothing.
 
     Args:
         model: A model with adapters, or the models of a pipeline by the part that each is, as in
@@ -78,7 +79,12 @@ def save(
     folder = written.config is not None
     files = [Path(path, n) for n in (WEIGHTS[0], CONFIG)] if folder else [Path(path)]
     nbytes = sum(file.stat().st_size for file in files)
-    return SaveReport(path, found.name, tuple(found.layers), numbers, nbytes, written.notes)
+    asleep = idle(layers_with(whole(as_models(model)), found.name), found.name)
+    notes = (
+        *written.notes,
+        *([idleness(found.name, list(found.layers), asleep)] if asleep else []),
+    )
+    return SaveReport(path, found.name, tuple(found.layers), numbers, nbytes, notes)
 
 
 def adapter_of(
