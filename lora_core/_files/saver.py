@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_core._adapters import adapter_names, layers_with, without_base
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
+from lora_core._files.offload import at_hand, is_offloaded
 from lora_core._files.place import OF_PEFT, as_models, left_out, whole
 from lora_core._formats import Adapter, AdapterLayer, write
 from lora_core._formats.folding import without_first
@@ -127,6 +128,13 @@ def adapter_of(
         )
     held = _held(layers, name)
     hollow = [n for n, parts in held.items() if any(f.is_meta for f in parts.values())]
+    away = [n for n in hollow if is_offloaded(layers[n])]
+    if away:
+        raise ConfigError(
+            f"An adapter must have its values at hand to be saved, but that of {listed(away)} is"
+            " offloaded to where they can't be read. Take the hooks off first, with"
+            " `accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
+        )
     if hollow:
         raise ConfigError(
             f"An adapter must have values to be saved, but that of {listed(hollow)} is on the meta"
@@ -176,7 +184,7 @@ def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, 
             if parts[part].shape != shape:
                 has = tuple(parts[part].shape)
                 odd.append(f"{n}.{part} {has} (rank {config.rank} has {shape})")
-        held[n] = parts
+        held[n] = {part: at_hand(layer, f"{part}_{name}", p) for part, p in parts.items()}
     if odd:
         raise ConfigError(
             f"An adapter must have the shapes of its settings to be saved, but has {listed(odd)}."
