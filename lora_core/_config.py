@@ -25,6 +25,8 @@ PARTS = (
     *("lora_A0", "lora_B0"),
 )  # the tensors that an adapter may consist of
 
+RESERVED = ("guidance", "repeats")  # keywords of `scales`, which takes adapters by keyword too
+
 # a way to draw the first factors -> what it starts from; how is written in `functional.initial`
 STARTS = {
     "kaiming": "numbers",
@@ -116,6 +118,11 @@ def check_name(name: object) -> str:
     """Returns `name` if it can name an adapter: never a path, never a dotted module name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"`name` must be 1 to 64 letters, digits, '_' or '-', but is {name!a}.")
+    if name in RESERVED:
+        raise ConfigError(
+            f"`name` must be none of {', '.join(map(repr, RESERVED))}, which `scales` takes beside"
+            f" names, but is {name!a}. Choose another, as in {name}_style."
+        )
     return name
 
 

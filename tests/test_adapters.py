@@ -30,6 +30,7 @@ from lora_core import (
     inject,
     merge,
     parameters,
+    save,
     scales,
     summary,
     unmerge,
@@ -726,3 +727,36 @@ def test_an_interrupt_at_the_end_of_a_block_comes_after_it(monkeypatch, block, m
     with disabled(model), disabled(model):
         pass
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"dora": True}, {"bias": True}, {"init": "pissa"}, {"init": "olora"}]
+)
+def test_layers_that_never_trained_are_named(tmp_path, settings):
+    model = nn.ModuleDict({n: nn.Linear(6, 5) for n in ("to_q", "to_k", "to_v")})
+    inject(model, rank=2, name="ink", **settings)
+    said = "'ink' adds nothing yet: it is as it began on all 3 layers"
+    assert summary(model).adapters[0].idle == ("to_q", "to_k", "to_v")
+    assert str(summary(model)).splitlines()[-1] == said
+    assert save(model, tmp_path / "a.safetensors").notes == (said,)
+    parts = {"dora": "lora_magnitude_ink", "bias": "lora_bias_ink"}
+    part = parts.get(next(iter(settings), ""), "lora_B_ink")
+    with torch.no_grad():
+        for name in ("to_q", "to_v"):
+            getattr(model[name], part)[0] += 1e-30  # of which the square is zero
+            getattr(model[name], part)[1] += 1e-3
+    said = "'ink' adds nothing on 1 of 3 layers, where it is as it began: 'to_k'"
+    assert str(summary(model)).splitlines()[-1] == said
+    assert save(model, tmp_path / "a.safetensors").notes == (said,)
+    with torch.no_grad():
+        getattr(model["to_k"], part)[1] += 1e-3
+    assert summary(model).adapters[0].idle == ()
+    assert save(model, tmp_path / "a.safetensors").notes == ()
+
+
+def test_the_smallest_number_is_something():
+    model = nn.ModuleDict({"to_q": nn.Linear(6, 5)})
+    inject(model, rank=2)
+    with torch.no_grad():
+        model["to_q"].lora_B_default[0, 0] = 1e-40
+    assert summary(model).adapters[0].idle == ()

@@ -192,7 +192,7 @@ def test_strengths_per_sample_take_the_low_rank_form_even_where_one_would_be_fol
 ):
     chosen = STRENGTHS[strength]
     layer = adapted(nn.Linear(8, 6))
-    lora_core.scales(layer, default=chosen)
+    lora_core.scales(layer, default=chosen, guidance="doubled" in strength)
     x = torch.randn(6 if "doubled" in strength else 3, 5, 8)
     form = "addmm" if isinstance(chosen, list) else "merge"
     assert explain(layer, x).form == form

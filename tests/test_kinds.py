@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,13 +250,89 @@ def test_each_sample_has_a_mix_of_its_own(kind, doubled):
         lora_core.scales(model, **strengths)
         rows.append(model(x[i : i + 1]))
     expected = torch.cat(rows)
-    lora_core.scales(model, a=torch.tensor([1.0, -0.5]), b=[0.0, 2.0])
+    lora_core.scales(model, a=torch.tensor([1.0, -0.5]), b=[0.0, 2.0], guidance=doubled)
     many = torch.cat([x, x]) if doubled else x
     assert_close(model(many), torch.cat([expected, expected]) if doubled else expected)
     lora_core.scales(model, ["a", {"a": -0.5, "b": 2.0}])
     assert_close(model(x), expected)
     gradients = torch.autograd.grad(model(x).square().sum(), lora_core.parameters(model, "b"))
     assert all(bool((g.to_dense() != 0).any()) for g in gradients)
+
+
+def in_order(rows: Tensor, guidance: bool, repeats: int) -> Tensor:
+    """What programs make of a batch: each of it several times in a row, and all of that twice."""
+    return torch.cat([rows.repeat_interleave(repeats, 0)] * (1 + guidance))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
+@pytest.mark.parametrize(("guidance", "repeats"), [(False, 2), (False, 3), (True, 1), (True, 3)])
+def test_samples_that_a_program_repeats_keep_their_mix(kind, guidance, repeats):
+    model, options, (x,) = built(kind)
+    x = x[:2]
+    lora_core.inject(model, **options, name="a")
+    trained(model)
+    rows = []
+    for i, strength in enumerate((1.0, -0.5)):
+        lora_core.scales(model, a=strength)
+        rows.append(model(x[i : i + 1]))
+    expected = torch.cat(rows)
+    receipt = lora_core.scales(model, a=[1.0, -0.5], guidance=guidance, repeats=repeats)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)).double().float()):
+        for g, r in ((False, 1), (guidance, 1), (False, repeats), (guidance, repeats)):
+            assert_close(copied(in_order(x, g, r)), in_order(expected, g, r))
+    said = "guidance=True" * guidance, f"repeats={repeats}" * (repeats > 1)
+    assert repr(receipt) == f"scales({', '.join(['a=(1, -0.5)', *filter(None, said)])})"
+
+
+def test_an_order_of_samples_is_never_guessed():
+    model, options, (x,) = built("linear")
+    lora_core.inject(model, **options, name="a")
+    x = torch.cat([x[:2], x[:2]])
+    lora_core.scales(model, ["a", None])
+    said = (
+        f"Strengths per sample must fit the batch, but `scales` gave 2 and the input of a Linear"
+        f" has shape {tuple(x.shape)}. Give as many strengths as samples; where a batch holds them"
+        " twice for guidance, or each several times in a row, say so: scales(..., guidance=True,"
+        " repeats=n)."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        model(x)
+    lora_core.scales(model, ["a", None], guidance=True, repeats=2)
+    said = "A batch must have one order, but with `guidance` and `repeats=2` the input of a Linear"
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        model(x)
+    assert model(torch.cat([x, x])).shape[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"a": 1.0, "repeats": 2}, "`guidance` and `repeats` must go with a strength for each"),
+        ({"a": 1.0, "guidance": True}, "`guidance` and `repeats` must go with a strength for each"),
+        ({"a": [1.0], "repeats": 0}, "`repeats` must be a whole number of at least 1, but is 0."),
+        ({"a": [1.0], "repeats": True}, "`repeats` must be a whole number of at least 1, but is T"),
+        ({"a": [1.0], "guidance": 2}, "`guidance` must be True or False, but is 2"),
+    ],
+)
+def test_an_order_that_says_nothing_is_refused(asked, message):
+    model, options, _ = built("linear")
+    lora_core.inject(model, **options, name="a")
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        lora_core.scales(model, **asked)
+    for name in ("guidance", "repeats"):
+        with pytest.raises(ConfigError, match=r"^`name` must be none of 'guidance', 'repeats', wh"):
+            lora_core.inject(model, **options, name=name)
+
+
+def test_another_order_is_another_choice():
+    model, options, (x,) = built("linear")
+    lora_core.inject(model, **options, name="a")
+    trained(model)
+    with lora_core.scales(model, a=[1.0, 0.0], repeats=2):
+        first = model(in_order(x[:2], False, 2))
+        with lora_core.scales(model, a=[1.0, 0.0], guidance=True):
+            assert not torch.equal(model(in_order(x[:2], True, 1)), first)
+        assert torch.equal(model(in_order(x[:2], False, 2)), first)
 
 
 def test_strengths_per_sample_must_fit_the_call_and_the_adapter():

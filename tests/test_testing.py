@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_core
 from lora_core import models
+from lora_core._layers import updates
 from lora_core._merging import verbs
 from lora_core._merging.contact import Site, sum_of
 from lora_core._merging.sums import Sum
@@ -131,6 +132,14 @@ def nudge(p: Tensor) -> None:
             "load",
             then(laws.load, lambda model: nudge(model[0].lora_A_default)),
             "^law broken: saving and loading is bit-exact; layer '0'$",
+        ),
+        (
+            updates,
+            "_per_sample",
+            lambda layer, gain, order, x: (
+                gain if x is None or gain.ndim == 0 else gain.repeat(len(x) // len(gain))
+            ),
+            "^law broken: each sample has a mix of its own; layer '0'$",
         ),
         (
             laws,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
-from lora_core._layers import CHILD, LoRAMixin, Strength, parts_of, trained_parts
+from lora_core._layers import CHILD, LoRAMixin, Strength, idle, parts_of, trained_parts
 from lora_core._reports import AdapterSummary, Summary, count
 
 
@@ -138,6 +138,7 @@ def summary(model: nn.Module) -> Summary:
                     state is not None and name in state.strengths
                     for state in (m.lora_state.merged for m in mine.values())
                 ),
+                idle=tuple(idle(mine, name)),
             )
         )
     everything = list(model.parameters())

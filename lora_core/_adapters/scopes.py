@@ -65,17 +65,17 @@ class Scope:
 
     def undo(self) -> None:
         """Puts back what was there before; an interrupt comes afterwards."""
-        interrupts: list[BaseException] = []
+        interrupted: BaseException | None = None
         with lock():
             for layer in list(self._found):
                 try:
                     self._leave(layer)
-                except KeyboardInterrupt as interrupt:
-                    interrupts.append(interrupt)
+                except KeyboardInterrupt as error:
+                    interrupted = error
                     if layer in self._found:  # each step may be done twice
                         self._leave(layer)
-        for interrupt in interrupts:
-            raise interrupt
+        if interrupted is not None:
+            raise interrupted
 
     def _leave(self, layer: LoRAMixin) -> None:
         mine, scopes = self._found[layer], _scopes(layer)

@@ -9,14 +9,25 @@ from torch import Tensor, nn
 
 from lora_core._adapters import scopes
 from lora_core._adapters.names import adapter_names, check_known, layers_with
-from lora_core._config import check_finite
+from lora_core._config import check_finite, check_flag
 from lora_core._errors import (
     ConfigError,
     MergeError,
     UnsupportedLayerError,
     listed,
 )
-from lora_core._layers import LoRAMixin, Strength, change, lock, refuse_pinned, select, undone_by
+from lora_core._layers import (
+    ONCE,
+    LoRAMixin,
+    Order,
+    PerSample,
+    Strength,
+    change,
+    lock,
+    refuse_pinned,
+    select,
+    undone_by,
+)
 
 
 class Scales(scopes.Scope, AbstractContextManager["Scales"]):
@@ -48,8 +59,11 @@ class Scales(scopes.Scope, AbstractContextManager["Scales"]):
         super().undo()
 
     def __repr__(self) -> str:
-        inner = ", ".join(f"{name}={shown(s)}" for name, s in self.strengths.items())
-        return f"scales({inner})"
+        inner = [f"{name}={shown(s)}" for name, s in self.strengths.items()]
+        order = next((s.order for s in self.strengths.values() if isinstance(s, PerSample)), ONCE)
+        inner += ["guidance=True"] * order.guidance
+        inner += [f"repeats={order.repeats}"] * (order.repeats > 1)
+        return f"scales({', '.join(inner)})"
 
     def __enter__(self) -> Self:
         if self._ended:
@@ -86,6 +100,10 @@ def scales(
     model: nn.Module,
     samples: Sequence[Sample] | None = None,
     /,
+    *,
+    # of any type, or no checker would take `**` of a mapping of strengths
+    guidance: object = False,
+    repeats: object = 1,
     **strengths: float | Sequence[float] | Tensor,
 ) -> Scales:
     """Chooses the active adapters and their strengths, in place.
@@ -95,14 +113,19 @@ def scales(
     that restores what it found.
 
     A strength may be a tensor or a list with one entry for each sample of a batch; `samples` says
-    the same sample by sample. Such a mix costs what one adapter of all their ranks costs, trains
-    as well, and holds for the doubled batch of classifier-free guidance too. A layer whose input
-    has another batch (2 x samples is taken for guidance) raises when it is called.
+    the same sample by sample. Such a mix costs what one adapter of all their ranks costs, and
+    trains as well. Programs that draw or write repeat samples: classifier-free guidance puts the
+    whole batch twice, one after the other, and several pictures or beams for each prompt put each
+    sample several times in a row. Nothing is guessed: `guidance` and `repeats` say so, and a layer
+    whose input has another batch raises when it is called.
 
     Args:
         model: A model with adapters.
         samples: For each sample an adapter's name, a mapping of names to strengths, or None for
             the base model.
+        guidance: Whether a batch may hold all samples twice, the whole batch after itself.
+        repeats: How often a batch may hold each sample, one after the other; as in
+            `num_images_per_prompt`, `num_return_sequences` and `num_beams`.
         strengths: A strength for each adapter that is to be active.
 
     Raises:
@@ -121,12 +144,16 @@ def scales(
         >>> summary(layer).adapters[0].strengths
         (1.0,)
     """
+    order = Order(check_flag("guidance", guidance), _repeats(repeats))
     with lock():  # or another thread's eject could come between the look and the choice
-        return _scales(layers_with(model, None), samples, dict(strengths))
+        return _scales(layers_with(model, None), samples, order, dict(strengths))
 
 
 def _scales(
-    layers: Mapping[str, LoRAMixin], samples: Sequence[Sample] | None, asked: dict[str, Any]
+    layers: Mapping[str, LoRAMixin],
+    samples: Sequence[Sample] | None,
+    order: Order,
+    asked: dict[str, Any],
 ) -> Scales:
     known = adapter_names(layers)
     if samples is not None:
@@ -142,7 +169,12 @@ def _scales(
             "`scales` must be given a strength for an adapter, but got none."
             f" Write `scales(model, {known[0]}=1.0)`, or use `disabled(model)`."
         )
-    checked = {name: _strength(name, value) for name, value in asked.items()}
+    checked = {name: _strength(name, value, order) for name, value in asked.items()}
+    if order != ONCE and not any(isinstance(s, tuple) for s in checked.values()):
+        raise ConfigError(
+            "`guidance` and `repeats` must go with a strength for each sample, but every strength"
+            " is one number, which holds for any batch. Leave them out."
+        )
     _check_samples(layers, checked)
     merged = [name for name, layer in layers.items() if layer.lora_state.merged is not None]
     if merged:
@@ -174,7 +206,13 @@ def _by_adapter(samples: Sequence[Sample]) -> dict[str, list[float]]:
     return {name: [mix.get(name, 0.0) for mix in mixes] for name in names}
 
 
-def _strength(name: str, value: object) -> Strength:
+def _repeats(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"`repeats` must be a whole number of at least 1, but is {value!r}.")
+    return value
+
+
+def _strength(name: str, value: object, order: Order) -> Strength:
     """One strength, or one for each sample."""
     if isinstance(value, Tensor):
         if value.requires_grad:
@@ -191,7 +229,7 @@ def _strength(name: str, value: object) -> Strength:
     if isinstance(value, list | tuple):
         if not value:
             raise ConfigError(f"`{name}` must hold a number for each sample, but is empty.")
-        return tuple(check_finite(name, v) for v in value)
+        return PerSample([check_finite(name, v) for v in value], order)
     return check_finite(name, value)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core._files.offload import at_hand
 from lora_core._formats.bases import SAMPLES
 from lora_core._layers import LoRAMixin, LoRAWeight, Slot, peek
 from lora_core._merging import Residue
@@ -80,7 +81,9 @@ def original(module: nn.Module | Slot) -> Tensor:
     merged = module.lora_state.merged if isinstance(module, LoRAMixin) else None
     kept = merged.kept if merged is not None else None
     assert isinstance(weight, Tensor)
-    return weight if kept is None else kept
+    if kept is not None:
+        return kept
+    return at_hand(module, "weight", weight) if isinstance(module, nn.Module) else weight
 
 
 def samples(weights: Sequence[Tensor]) -> list[list[float]]:

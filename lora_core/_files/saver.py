@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from lora_core._adapters import adapter_names, layers_with, without_base
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
+from lora_core._files.offload import at_hand, is_offloaded
 from lora_core._files.place import OF_PEFT, as_models, left_out, whole
 from lora_core._formats import Adapter, AdapterLayer, write
 from lora_core._formats.folding import without_first
 from lora_core._formats.peft import CONFIG, WEIGHTS
 from lora_core._injection import walk
-from lora_core._layers import LoRAMixin, parts_of, stored_parts
-from lora_core._reports import SaveReport
+from lora_core._layers import LoRAMixin, idle, parts_of, stored_parts
+from lora_core._reports import SaveReport, idleness
 
 
 def save(
@@ -34,7 +35,8 @@ def save(
 
     Atomic, and byte for byte the same for the same adapter, merged or not. Strengths set by
     `scales` are not part of an adapter and are not saved; rank, alpha, dropout and `rslora` are.
-    Whatever a format has no place for is refused, never dropped.
+    Whatever a format has no place for is refused, never dropped. The receipt names the layers on
+    which the adapter is as it began, and adds nothing.
 
     Args:
         model: A model with adapters, or the models of a pipeline by the part that each is, as in
@@ -78,7 +80,12 @@ def save(
     folder = written.config is not None
     files = [Path(path, n) for n in (WEIGHTS[0], CONFIG)] if folder else [Path(path)]
     nbytes = sum(file.stat().st_size for file in files)
-    return SaveReport(path, found.name, tuple(found.layers), numbers, nbytes, written.notes)
+    asleep = idle(layers_with(whole(as_models(model)), found.name), found.name)
+    notes = (
+        *written.notes,
+        *([idleness(found.name, list(found.layers), asleep)] if asleep else []),
+    )
+    return SaveReport(path, found.name, tuple(found.layers), numbers, nbytes, notes)
 
 
 def adapter_of(
@@ -121,6 +128,13 @@ def adapter_of(
         )
     held = _held(layers, name)
     hollow = [n for n, parts in held.items() if any(f.is_meta for f in parts.values())]
+    away = [n for n in hollow if is_offloaded(layers[n])]
+    if away:
+        raise ConfigError(
+            f"An adapter must have its values at hand to be saved, but that of {listed(away)} is"
+            " offloaded to where they can't be read. Take the hooks off first, with"
+            " `accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
+        )
     if hollow:
         raise ConfigError(
             f"An adapter must have values to be saved, but that of {listed(hollow)} is on the meta"
@@ -170,7 +184,7 @@ def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, 
             if parts[part].shape != shape:
                 has = tuple(parts[part].shape)
                 odd.append(f"{n}.{part} {has} (rank {config.rank} has {shape})")
-        held[n] = parts
+        held[n] = {part: at_hand(layer, f"{part}_{name}", p) for part, p in parts.items()}
     if odd:
         raise ConfigError(
             f"An adapter must have the shapes of its settings to be saved, but has {listed(odd)}."

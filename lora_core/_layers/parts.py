@@ -80,6 +80,45 @@ def non_finite(layers: Mapping[str, Sequence[Tensor]]) -> list[str]:
     return [n for n, held in layers.items() if not all(bool(f.isfinite().all()) for f in held)]
 
 
+def idle(layers: Mapping[str, Any], name: str) -> list[str]:
+    """The layers on which an adapter is as it began, and adds nothing; few operations.
+
+    On the meta device none is: there is nothing to tell it by.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for n, layer in layers.items():
+        up = factors_of(layer, name)[1].detach()
+        if not up.is_meta and up.numel():
+            groups.setdefault((up.device, up.dtype), {})[n] = up
+    found = set()
+    for held in groups.values():
+        # the largest number, as the sum of squares of small ones may be zero
+        largest = torch.stack(torch._foreach_norm(list(held.values()), math.inf)).tolist()
+        zero = [n for n, most in zip(held, largest, strict=True) if most == 0]
+        moved = [n for n in held if layers[n].lora_state.configs[name].subtracted]
+        found |= {n for n in (*zero, *moved) if _is_fresh(layers[n], name)}
+    return [n for n in layers if n in found]
+
+
+def _is_fresh(layer: Any, name: str) -> bool:
+    """Whether all that an adapter adds to where it began is nothing."""
+    parts = {part: p.detach() for part, p in parts_of(layer, name).items()}
+    config: AdapterConfig = layer.lora_state.configs[name]
+    if config.subtracted and not all(
+        torch.equal(parts[part], parts[f"{part}0"]) for part in ("lora_A", "lora_B")
+    ):
+        return False
+    if "lora_bias" in parts and bool(parts["lora_bias"].any()):
+        return False
+    if "lora_in_magnitude" in parts:  # of another program's file, which was trained
+        return False
+    if "lora_magnitude" not in parts:
+        return True
+    with torch.no_grad():
+        length = length_of(layer, layer.lora_kind.matrix(layer.weight))
+    return torch.equal(parts["lora_magnitude"], length.to(parts["lora_magnitude"].dtype))
+
+
 def wide_dtype(weight: Tensor) -> torch.dtype:
     """The type of an adapter over a weight: its own, but float32 at least."""
     if not weight.is_floating_point():  # quantised

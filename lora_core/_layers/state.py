@@ -25,6 +25,47 @@ STATE = "lora_state"  # attribute of an adapted layer
 Strength = float | tuple[float, ...]  # one for all samples, or one for each
 
 
+class Order(NamedTuple):
+    """How a batch may hold its samples more than once; where it does not, it fits as well.
+
+    Attributes:
+        guidance: Whether all of them may stand there twice, one whole batch after the other.
+        repeats: How often each may stand there, one after the other.
+    """
+
+    guidance: bool = False
+    repeats: int = 1
+
+
+ONCE = Order()
+
+
+class PerSample(tuple[float, ...]):
+    """A strength for each sample, and the order of samples in a batch."""
+
+    order: Order
+
+    def __new__(cls, values: Iterable[float], order: Order = ONCE) -> "PerSample":
+        made = super().__new__(cls, values)
+        made.order = order
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PerSample) and self._key() == other._key()
+
+    def __ne__(self, other: object) -> bool:  # the tuple's own would not look at the order
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self) -> Any:
+        return type(self), (tuple(self), self.order)
+
+    def _key(self) -> tuple[tuple[float, ...], Order]:
+        return tuple(self), self.order
+
+
 class Term(NamedTuple):
     """One adapter's part in what a layer adds.
 
@@ -33,12 +74,14 @@ class Term(NamedTuple):
         recipe: How it is put together.
         gain: ``strength * scale``: a number, () or (batch,).
         strength: The strength alone, likewise, where a bias or magnitudes need it; else None.
+        order: The order of the samples that a gain per sample is for.
     """
 
     name: str
     recipe: Recipe
     gain: Tensor | float
     strength: Tensor | float | None = None
+    order: Order = ONCE
 
 
 class Pair(NamedTuple):
@@ -346,7 +389,7 @@ def _pair(layer: Any, terms: tuple[Term, ...]) -> Pair | Stack | None:
     if not terms:
         return None
     names, dropout, gain = [], terms[0].recipe.dropout, terms[0].gain
-    for name, recipe, value, _ in terms:
+    for name, recipe, value, _, _ in terms:
         if not recipe.plain or recipe.dropout != dropout or is_per_sample(value):
             return None
         names.append(name)
@@ -389,5 +432,6 @@ def _term(
             return _term(name, config, strength, device, dtype)
     gain = torch.tensor(product, dtype=dtype, device=device)
     alone = None if config.plain_sum else torch.tensor(strength, dtype=dtype, device=device)
-    # a copy: a graph guards on which objects two layers share
-    return Term(name, tuple.__new__(Recipe, config.recipe), gain, alone)
+    order = strength.order if isinstance(strength, PerSample) else ONCE
+    # copies: a graph guards on which objects two layers share
+    return Term(name, tuple.__new__(Recipe, config.recipe), gain, alone, Order(*order))

@@ -13,7 +13,7 @@ from lora_core._layers.context import refuse_pins, seen_state
 from lora_core._layers.kind import Kind, Update
 from lora_core._layers.lengths import column_norm_of, length_of, norm_of
 from lora_core._layers.parts import factors_of, trained_parts
-from lora_core._layers.state import State, Term, is_per_sample
+from lora_core._layers.state import Order, State, Term, is_per_sample
 
 
 class Active(NamedTuple):
@@ -152,17 +152,17 @@ def _wide(layer: Any) -> Active:
 def _collect(layer: Any, terms: Sequence[Term], x: Tensor | None, *, training: bool) -> Active:
     kind: Kind = layer.lora_kind
     if len(terms) == 1:
-        name, recipe, value, _ = terms[0]
+        name, recipe, value, *_ = terms[0]
         if recipe.plain and not is_per_sample(value):
             dropout = recipe.dropout if training else 0.0
             return Active([Update(*factors_of(layer, name), value, dropout)])
     groups: dict[float, list[tuple[Tensor, Tensor, Tensor | float]]] = {}
     stretch = bias = columns = None
-    for name, recipe, value, strength in terms:
-        gain = _per_sample(layer, value, x)
+    for name, recipe, value, strength, order in terms:
+        gain = _per_sample(layer, value, order, x)
         lora_A, lora_B = _low_rank(layer, name, recipe)
         if recipe.bias:
-            own = _bias_term(layer, name, _per_sample(layer, strength, x))
+            own = _bias_term(layer, name, _per_sample(layer, strength, order, x))
             bias = own if bias is None else bias + own
         if recipe.dora_in:
             ratio = _column_ratio(layer, name, gain, strength, lora_A, lora_B)
@@ -197,20 +197,34 @@ def _low_rank(layer: Any, name: str, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return lora_A, lora_B
 
 
-def _per_sample(layer: Any, gain: Tensor | float | None, x: Tensor | None) -> Tensor | float:
-    """A gain per sample for the batch of `x`, which guidance may have doubled."""
+def _per_sample(
+    layer: Any, gain: Tensor | float | None, order: Order, x: Tensor | None
+) -> Tensor | float:
+    """A gain per sample for the batch of `x`, in the order that `scales` was told."""
     assert gain is not None
     if not isinstance(gain, Tensor) or gain.ndim == 0 or x is None:
         return gain
     batch, given = layer.lora_kind.samples(layer, x), gain.shape[0]
+    guidance, repeats = order
     if batch == given:
         return gain
-    if batch == 2 * given:  # the samples without a prompt, then those with one
+    if guidance and repeats == 2 and batch == 2 * given:
+        raise ConfigError(
+            "A batch must have one order, but with `guidance` and `repeats=2` the input of a"
+            f" {layer.lora_host_class.__name__} has shape {tuple(x.shape)}: {given} samples twice,"
+            " which either may be. Give this model `scales` with one of the two."
+        )
+    if guidance and batch == 2 * given:
         return gain.repeat(2)
+    if repeats > 1 and batch == repeats * given:
+        return gain.repeat_interleave(repeats)
+    if guidance and batch == 2 * repeats * given:
+        return gain.repeat_interleave(repeats).repeat(2)
     raise ConfigError(
         f"Strengths per sample must fit the batch, but `scales` gave {given} and the input of a"
         f" {layer.lora_host_class.__name__} has shape {tuple(x.shape)}. Give as many strengths as"
-        " samples (or half as many, under guidance's doubled batch)."
+        " samples; where a batch holds them twice for guidance, or each several times in a row,"
+        " say so: scales(..., guidance=True, repeats=n)."
     )
 
 

@@ -11,6 +11,7 @@ from lora_core._config import AdapterConfig
 from lora_core._layers import (
     LoRAMixin,
     Merged,
+    PerSample,
     factors_of,
     parts_of,
     runs_as_torch,
@@ -74,7 +75,7 @@ def is_moved(layer: LoRAMixin) -> bool:
 def is_mixed(layer: LoRAMixin) -> bool:
     """Whether an active adapter has a strength for each sample."""
     _, strengths, *_ = layer.lora_state.selection
-    return tuple in map(type, strengths)
+    return PerSample in map(type, strengths)
 
 
 def tensors_of(site: Site) -> list[Tensor]:
@@ -153,7 +154,7 @@ def largest_update(site: Site, norms: Iterator[float]) -> float:
 def _stacked(layer: LoRAMixin) -> tuple[Tensor, Tensor, Tensor]:
     names, _, _, bank, _ = layer.lora_state.selection
     if not (names[1:] or bank[1:]):
-        _, recipe, gain, _ = bank[0]
+        _, recipe, gain, *_ = bank[0]
         if not recipe.tucker and not recipe.subtracted and type(gain) is Tensor:
             lora_A, lora_B = factors_of(layer, names[0])
             if lora_A.ndim == 2 and lora_B.ndim == 2 and not layer.lora_kind.own_layout:

@@ -3,7 +3,7 @@
 from lora_core._reports.adapter import EjectReport, LayerReport, Report, SaveReport
 from lora_core._reports.algebra import AlgebraReport, LayerResult, Teller, Told
 from lora_core._reports.merge import FileMergeReport, MergeReport
-from lora_core._reports.summary import AdapterSummary, NormReport, Summary
+from lora_core._reports.summary import AdapterSummary, NormReport, Summary, idleness
 from lora_core._reports.table import count, table
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "Teller",
     "Told",
     "count",
+    "idleness",
     "table",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lora_core._errors import listed
 from lora_core._reports.table import table
 
 
@@ -20,6 +21,7 @@ class AdapterSummary:
         strengths: Its strengths where it is active, each once; empty where it is nowhere active.
         trainable: Whether any of its factors requires a gradient.
         merged: Whether it is merged into the weights.
+        idle: Names of the layers on which it is as it began, and adds nothing.
     """
 
     name: str
@@ -31,6 +33,7 @@ class AdapterSummary:
     strengths: tuple[float | tuple[float, ...], ...]
     trainable: bool
     merged: bool
+    idle: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -83,7 +86,20 @@ class Summary:
         )
         share = self.trainable / max(self.total, 1)
         tail = f"{self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
-        return f"{table(header, rows)}\n{tail}" if rows else f"no adapters; {tail}"
+        if not rows:
+            return f"no adapters; {tail}"
+        asleep = [idleness(a.name, a.layers, a.idle) for a in self.adapters if a.idle]
+        return "\n".join([table(header, rows), tail, *asleep])
+
+
+def idleness(name: str, layers: Sequence[str], idle: Sequence[str]) -> str:
+    """Which layers of an adapter never trained, in a sentence; of some."""
+    if len(idle) == len(layers):
+        return f"{name!r} adds nothing yet: it is as it began on all {len(layers)} layers"
+    return (
+        f"{name!r} adds nothing on {len(idle)} of {len(layers)} layers, where it is as it began:"
+        f" {listed(idle)}"
+    )
 
 
 def _shown(value: float | tuple[float, ...]) -> str:

@@ -16,12 +16,15 @@ import lora_core._adapters as adapters
 from lora_core._errors import ConfigError, listed
 from lora_core._files import load, save
 from lora_core._injection import eject, inject
-from lora_core._layers import LoRAWeight, stored_parts, trained_parts
+from lora_core._layers import LoRAWeight, runs_as_torch, stored_parts, trained_parts
 from lora_core._merging import merge, unmerge
 from lora_core._reports import Report
 
 _Calls = dict[str, list[tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]]]
 _Run = Callable[[nn.Module], list[Tensor]]
+
+
+_SAMPLES = 3  # of a layer's first input
 
 
 class LawError(AssertionError):
@@ -39,9 +42,10 @@ def check_lora(
     1. A fresh adapter changes nothing, bit for bit.
     2. Only the adapter trains, and every adapted layer takes effect on these inputs.
     3. Saving and loading into a bare copy is bit-exact.
-    4. Merging keeps the function of every layer; a weight that is tied elsewhere is untied for it.
-    5. Unmerging restores every bit.
-    6. Ejecting restores every object, class, attribute, flag and bit.
+    4. Each sample has a mix of its own, also where a program repeats samples.
+    5. Merging keeps the function of every layer; a weight that is tied elsewhere is untied for it.
+    6. Unmerging restores every bit.
+    7. Ejecting restores every object, class, attribute, flag and bit.
 
     Args:
         model: The model; run in evaluation mode, so it must be deterministic there. Its buffers
@@ -89,6 +93,7 @@ def check_lora(
             _check_training(model, run, name, names, freeze=inject_options.get("freeze", True))
             calls = _record(model, run, names)
             _check_file(model, bare, run, name)
+            _check_samples(model, calls, name)
             _check_merge(model, calls, before)
         finally:
             layers = adapters.adapted_layers(model).values()
@@ -196,6 +201,41 @@ def _check_file(model: nn.Module, bare: nn.Module, run: _Run, name: str) -> None
     with torch.no_grad(), _buffers_kept(bare), _buffers_kept(model):
         same = _same(run(model), run(bare))
     _demand(same, law, "(the model's output)")
+
+
+def _check_samples(model: nn.Module, calls: _Calls, name: str) -> None:
+    """Holds for layers that see samples; on others one strength is for all."""
+    layers = adapters.adapted_layers(model)
+    for path, recorded in calls.items():
+        layer, (args, kwargs, _) = layers[path], recorded[0]
+        shared = layer.lora_kind.is_read or layer.lora_state.configs[name].dora
+        if shared or len(args) != 1 or kwargs or not runs_as_torch(layer):
+            continue
+        if not layer.lora_kind.samples(layer, args[0]):
+            continue
+        x, before = args[0][:_SAMPLES], layer.lora_state.strengths
+        with torch.no_grad(), _buffers_kept(layer):
+            rows = []
+            for i in range(len(x)):
+                adapters.scales(layer, **{name: _mix(i)})
+                rows.append(layer(x[i : i + 1]))
+            expected = torch.cat(rows)
+            mix = [_mix(i) for i in range(len(x))]
+            for guidance, repeats in ((False, 1), (True, 1), (False, 3), (True, 3)):
+                adapters.scales(layer, **{name: mix}, guidance=guidance, repeats=repeats)
+                many, wanted = (
+                    torch.cat([t.repeat_interleave(repeats, 0)] * (1 + guidance))
+                    for t in (x, expected)
+                )
+                error = (layer(many).double() - wanted.double()).norm()
+                bound = 32 * torch.finfo(wanted.dtype).eps * float(wanted.double().norm())
+                _demand(bool(error <= bound), "each sample has a mix of its own", path)
+            adapters.scales(layer, **before)
+
+
+def _mix(sample: int) -> float:
+    """What a sample's strength is: no two are alike, and none is the whole."""
+    return 0.75 - 0.5 * sample
 
 
 def _check_merge(model: nn.Module, calls: _Calls, before: "_Picture") -> None:
