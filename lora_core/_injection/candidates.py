@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import compress
 
 import torch
 from torch import nn
@@ -191,7 +192,8 @@ def _visit(
 
 def _readers(module: nn.Module, parents: _Parents) -> list[nn.Module]:
     """The parents that read this layer's weight themselves and never call the layer."""
-    return [p for p in parents.get(module, ()) if _reads_weights(type(p))]  # type: ignore[arg-type]
+    found = parents.get(module, [])
+    return list(compress(found, map(_reads_weights, map(type, found))))
 
 
 @lru_cache

@@ -137,16 +137,21 @@ def describe(
     check_room(candidates, name, chosen, replaced=replaced)
     layers = []
     for c, config, source in zip(chosen, configs, alphas_from or [""] * len(chosen), strict=True):
-        kind, others = c.kind, c.names[1:]
+        kind, module, others = c.kind, c.module, c.names[1:]
         assert kind is not None
-        sizes, shapes = kind.sizes(c.module), kind.shapes(c.module, config)
-        layers.append(LayerReport(c.name, _host_name(c), *sizes, config, others, shapes, source))
-    before = parameters_of(modules_of(candidates))
+        if isinstance(module, LoRAMixin) and not isinstance(module, LoRAWeight):
+            host = module.lora_host_class
+        else:
+            host = host_of(c.owners[0])
+        sizes, shapes = kind.sizes(module), kind.shapes(module, config)
+        layers.append(LayerReport(c.name, host.__name__, *sizes, config, others, shapes, source))
+    before = parameters_of([c.module for c in candidates if isinstance(c.module, nn.Module)])
     training = 0 if freeze else count([p for p in before if p.requires_grad])
     total = count(before)
     for layer in layers:
-        training += layer.trainable
-        total += layer.parameters
+        numbers = layer.parameters
+        training += layer.trainable if layer.config.subtracted else numbers
+        total += numbers
     return Report(name, tuple(layers), left_out, training, total, notes)
 
 
@@ -183,8 +188,8 @@ def check_room(
             f"`name` must be an adapter of the model to be replaced, but is {name!r}; it has"
             f" {listed(known) or 'none'}. Load without replace=True to add one."
         )
-    places = {id(c): c for c in (*chosen, *holders)} if adapted else {}
-    merged = [c.name for c in places.values() if id(c) in adapted and _state(c).merged is not None]
+    places = {id(c): c for c in (*chosen, *holders) if id(c) in adapted} if adapted else {}
+    merged = [c.name for c in places.values() if _state(c).merged is not None] if places else []
     if merged:
         raise MergeError(
             f"A layer must be unmerged to take an adapter, but {listed(merged)} is merged."
@@ -317,10 +322,3 @@ def _configure(
             " has one. Leave it out."
         )
     return configs
-
-
-def _host_name(candidate: Candidate) -> str:
-    module = candidate.module
-    if isinstance(module, LoRAMixin) and not isinstance(module, LoRAWeight):
-        return module.lora_host_class.__name__
-    return host_of(candidate.owners[0]).__name__

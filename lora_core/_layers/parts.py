@@ -206,10 +206,10 @@ def _values(
     if room > rank:
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, room - rank))
         lora_B = nn.functional.pad(lora_B, (0, room - rank))
-    values = {
-        "lora_A": kind.laid_out("lora_A", lora_A, shapes["lora_A"]),
-        "lora_B": kind.laid_out("lora_B", lora_B, shapes["lora_B"]),
-    }
+    values = {"lora_A": lora_A, "lora_B": lora_B}
+    for part, drawn in values.items():
+        if drawn.shape != shapes[part]:  # most are matrices on a layer, too
+            values[part] = kind.laid_out(part, drawn, shapes[part])
     for part, shape in shapes.items():
         if part not in values:
             values[part] = torch.zeros(shape)
