@@ -139,8 +139,11 @@ def test_any_bits_come_back_or_a_copy_is_asked_for(
         if kept is None:
             return
         total = weight.double() + B.double() @ A.double()
-        eps = 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(new.double(), total.to(dtype).double(), rtol=eps, atol=eps)
+        # the rounding is that of the terms, which may be larger than their sum
+        terms = weight.double().abs() + B.double().abs() @ A.double().abs()
+        off = (new.double() - total.to(dtype).double()).abs()
+        tiny = torch.finfo(dtype).smallest_normal
+        assert bool((off <= 4 * torch.finfo(dtype).eps * terms + tiny).all())
         kept = kept._replace(merged=new.clone())
         patch.setattr(residue, "_PIECE", 1 + seed % 777)  # other pieces give the same
         assert_same_bits(kept.values(), weight)
