@@ -83,7 +83,8 @@ def original(module: nn.Module | Slot) -> Tensor:
     assert isinstance(weight, Tensor)
     if kept is not None:
         return kept
-    return at_hand(module, "weight", weight) if isinstance(module, nn.Module) else weight
+    away = weight.is_meta and isinstance(module, nn.Module)
+    return at_hand(module, "weight", weight) if away else weight  # type: ignore[arg-type]
 
 
 def samples(weights: Sequence[Tensor]) -> list[list[float]]:

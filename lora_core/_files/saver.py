@@ -15,7 +15,7 @@ from lora_core._formats import Adapter, AdapterLayer, write
 from lora_core._formats.folding import without_first
 from lora_core._formats.peft import CONFIG, WEIGHTS
 from lora_core._injection import walk
-from lora_core._layers import LoRAMixin, idle, parts_of, stored_parts
+from lora_core._layers import LoRAMixin, idle, parts_of, stored_parts, zeros
 from lora_core._reports import SaveReport, idleness
 
 
@@ -80,12 +80,14 @@ def save(
     folder = written.config is not None
     files = [Path(path, n) for n in (WEIGHTS[0], CONFIG)] if folder else [Path(path)]
     nbytes = sum(file.stat().st_size for file in files)
-    asleep = idle(layers_with(whole(as_models(model)), found.name), found.name)
-    notes = (
-        *written.notes,
-        *([idleness(found.name, list(found.layers), asleep)] if asleep else []),
-    )
-    return SaveReport(path, found.name, tuple(found.layers), numbers, nbytes, notes)
+    layers, notes, asleep = tuple(found.layers), list(written.notes), []
+    ups = {n: layer.parts["lora_B"] for n, layer in found.layers.items()}
+    moved = any(layer.settings.subtracted for layer in found.layers.values())
+    if moved or zeros(ups):  # mostly nothing is, and a walk takes as long as all the rest
+        asleep = idle(layers_with(whole(as_models(model)), found.name), found.name)
+    if asleep:
+        notes.append(idleness(found.name, layers, asleep))
+    return SaveReport(path, found.name, layers, numbers, nbytes, tuple(notes))
 
 
 def adapter_of(
@@ -184,7 +186,9 @@ def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, 
             if parts[part].shape != shape:
                 has = tuple(parts[part].shape)
                 odd.append(f"{n}.{part} {has} (rank {config.rank} has {shape})")
-        held[n] = {part: at_hand(layer, f"{part}_{name}", p) for part, p in parts.items()}
+        held[n] = parts
+        if parts["lora_A"].is_meta:
+            held[n] = {part: at_hand(layer, f"{part}_{name}", p) for part, p in parts.items()}
     if odd:
         raise ConfigError(
             f"An adapter must have the shapes of its settings to be saved, but has {listed(odd)}."

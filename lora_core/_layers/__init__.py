@@ -32,6 +32,7 @@ from lora_core._layers.parts import (
     reserved_parts,
     stored_parts,
     trained_parts,
+    zeros,
 )
 from lora_core._layers.state import (
     FROZEN,
@@ -136,4 +137,5 @@ __all__ = [
     "undone_by",
     "update_norm",
     "why_not",
+    "zeros",
 ]

@@ -85,19 +85,24 @@ def idle(layers: Mapping[str, Any], name: str) -> list[str]:
 
     On the meta device none is: there is nothing to tell it by.
     """
+    ups = {n: factors_of(layer, name)[1] for n, layer in layers.items()}
+    moved = [n for n, layer in layers.items() if layer.lora_state.configs[name].subtracted]
+    found = {n for n in (*zeros(ups), *moved) if _is_fresh(layers[n], name)}
+    return [n for n in layers if n in found and not ups[n].is_meta]
+
+
+def zeros(values: Mapping[str, Tensor]) -> list[str]:
+    """Those of nothing but zeros, which none on the meta device is; few operations."""
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-    for n, layer in layers.items():
-        up = factors_of(layer, name)[1].detach()
-        if not up.is_meta and up.numel():
-            groups.setdefault((up.device, up.dtype), {})[n] = up
-    found = set()
+    for n, t in values.items():
+        if not t.is_meta and t.numel():
+            groups.setdefault((t.device, t.dtype), {})[n] = t.detach()
+    found: list[str] = []
     for held in groups.values():
         # the largest number, as the sum of squares of small ones may be zero
         largest = torch.stack(torch._foreach_norm(list(held.values()), math.inf)).tolist()
-        zero = [n for n, most in zip(held, largest, strict=True) if most == 0]
-        moved = [n for n in held if layers[n].lora_state.configs[name].subtracted]
-        found |= {n for n in (*zero, *moved) if _is_fresh(layers[n], name)}
-    return [n for n in layers if n in found]
+        found += [n for n, most in zip(held, largest, strict=True) if most == 0]
+    return found
 
 
 def _is_fresh(layer: Any, name: str) -> bool:
