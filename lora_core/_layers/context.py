@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
-from lora_core._layers.state import Change, State, set_changes
+from lora_core._layers.state import STATE, Change, State, set_changes
 
 _MOMENT = 1e-4  # seconds between two looks at a change that another thread makes
 _LARGEST = 2**31  # a size of a dimension stays below
@@ -33,9 +33,24 @@ def is_ordinary(x: object) -> bool:
     return not (torch.compiler.is_compiling() or type(x) is not Tensor or PINS.blocks)
 
 
-def is_watched() -> bool:
-    """Whether a checkpoint, or another, is told of all that autograd keeps."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+Operands = tuple[State, tuple[Any, Any], tuple[Any, Any, Any, float]]
+
+
+def ordinary(layer: nn.Module, x: object) -> Operands | None:
+    """What a call that is nothing but arithmetic reads: state, weight and bias, and the update.
+
+    None where a call has to look closer: traced, pinned, merged, or amid a change.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or PINS.blocks:  # `is_ordinary`
+        return None
+    state = layer.__dict__.get(STATE)
+    if state is None or state.pair is None:
+        return None
+    own: Any = layer._parameters
+    try:
+        return state, (own["weight"], own["bias"]), state.pair.row(layer)
+    except KeyError:  # of what another thread takes off, or torch computes
+        return None
 
 
 def seen_state(layer: nn.Module) -> State:
@@ -163,18 +178,23 @@ def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def checked(layer: nn.Module, out: Tensor) -> Tensor:
+    """`marked`, but for what is compiled: a graph keeps the strengths that it ran with."""
+    return out if torch.compiler.is_compiling() else marked(layer, out)
+
+
+def marked(layer: nn.Module, out: Tensor) -> Tensor:
     """An output that non-reentrant checkpointing recomputes with the same adapters or not at all.
 
     Checkpointing compares the shapes of what it recomputes with those of what it saw at first and
     raises CheckpointError where they differ; so what is active is made a shape.
     """
-    if torch.compiler.is_compiling():  # a graph keeps the strengths that it ran with
-        return out
-    if not is_watched() or not out.requires_grad:
+    # no checkpoint, nor another, is told of what autograd keeps
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None or not out.requires_grad:
         return out
     names, strengths, *_ = seen_state(layer).selection
-    marked: Tensor = _Marked.apply(out, hash((names, strengths)) % _LARGEST)  # type: ignore[no-untyped-call]
-    return marked
+    mark = hash((names, strengths)) % _LARGEST
+    same: Tensor = _Marked.apply(out, mark)  # type: ignore[no-untyped-call]
+    return same
 
 
 class _Marked(torch.autograd.Function):

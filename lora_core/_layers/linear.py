@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_core._config import NamedSettings
 from lora_core._layers.attachment import adopt, plain_attributes
-from lora_core._layers.context import checked, is_ordinary, is_watched
+from lora_core._layers.context import checked, marked, ordinary
 from lora_core._layers.kind import LINEAR
 from lora_core._layers.mixin import ADAPTED, LoRAMixin, call
 from lora_core._layers.state import STATE
@@ -60,19 +60,12 @@ class LoRALinear(LoRAMixin, nn.Linear):
         adopt(self, host, rank, alpha, settings)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
-        state = self.__dict__.get(STATE) if is_ordinary(input) else None
-        if state is None or state.pair is None:
-            return call(self, input, (input,), {})
-        own: Any = self._parameters
-        try:
-            W, b, (lora_A, lora_B, gain, p) = own["weight"], own["bias"], state.pair.row(self)
-        except KeyError:  # of what another thread takes off, or torch computes
-            return call(self, input, (input,), {})
-        out = fused_lora_linear(input, W, b, lora_A, lora_B, gain, dropout=p)
-        now = self.__dict__.get(STATE)
-        if now is None or now.change is not state.change:
-            return call(self, input, (input,), {})
-        return checked(self, out) if is_watched() else out
+        if (found := ordinary(self, input)) is not None:
+            state, (W, b), (lora_A, lora_B, gain, p) = found
+            out = fused_lora_linear(input, W, b, lora_A, lora_B, gain, dropout=p)
+            if (now := self.__dict__.get(STATE)) and now.change is state.change:
+                return marked(self, out)
+        return call(self, input, (input,), {})
 
     def lora_sum(self, found: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The output, by a fused form where all that is active is one pair of products."""

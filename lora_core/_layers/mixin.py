@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lora_core._errors import MergeError, UnsupportedLayerError
-from lora_core._layers.context import checked, is_ordinary, is_watched, recorded, settled
+from lora_core._layers.context import checked, is_ordinary, marked, recorded, settled
 from lora_core._layers.kind import KINDS, TRANSPOSED, Kind, host_kind
 from lora_core._layers.parts import factors_of, parts_of, reset_parts
 from lora_core._layers.state import STATE, State, change, is_settled, lock, select, state_of
@@ -53,7 +53,7 @@ class LoRAMixin(nn.Module):
         base = _tensor(self, host(self, *args))
         out = base + kind.update(self, x, update, *args[1:]).to(base.dtype)
         if is_settled(self, state):
-            return checked(self, out) if is_watched() else out
+            return marked(self, out)
         return call(self, x, args, kwargs)
 
     def lora_sum(self, found: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
