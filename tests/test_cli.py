@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,22 @@ def test_an_interrupt_exits_with_130(
     monkeypatch.setattr(lora_core.demo, "tell", raising(KeyboardInterrupt()))
     assert _cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "lora-core: interrupted\n"
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_of_its_own_is_one_still(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swallow(*args: object, **kwargs: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(lora_core.demo, "tell", swallow)
+    assert _cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "lora-core: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_options_reach_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

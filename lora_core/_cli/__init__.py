@@ -7,11 +7,14 @@ One module per command, whose top is light: PyTorch is loaded when a command run
 import argparse
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from lora_core._cli import (
     combine,
@@ -98,27 +101,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # whoever started this closed it, and reads nothing
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     args = parser().parse_args(argv)
+    presses: list[int] = []
     try:
-        with _warnings_told():
+        with _warnings_told(), _counted(presses):
             answer = args.run(args)
             show(answer, args.command, as_json=args.json)
     except BrokenPipeError:
         # whoever read the output has closed it; Python would complain once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        if args.debug:
+    except (KeyboardInterrupt, Exception) as error:
+        if args.debug:  # a traceback is for those who ask for it
             raise
-        _say("interrupted")
-        return INTERRUPTED
-    except (LoRAError, OSError) as error:
-        if args.debug:
-            raise
-        _say(f"error: {_with_options(_sentence(error), args)}")
-        return ERROR
-    except Exception as error:  # a traceback is for those who ask for it
-        if args.debug:
-            raise
+        if presses or isinstance(error, KeyboardInterrupt):
+            _say("interrupted")
+            return INTERRUPTED
+        if isinstance(error, LoRAError | OSError):
+            _say(f"error: {_with_options(_sentence(error), args)}")
+            return ERROR
         what = f"{type(error).__name__}: {_sentence(error).rstrip('.')}"
         _say(f"error: a fault of lora_core, {what}. Please report what --debug shows.")
         return FAULT
@@ -177,3 +177,25 @@ def _warnings_told() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = tell  # type: ignore[assignment]
         yield
+
+
+@contextmanager
+def _counted(presses: list[int]) -> Iterator[None]:
+    """Each press of Ctrl-C is put down in a list, and interrupts.
+
+    An interrupt that comes amid the native code of a library may leave it as another error.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        presses.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
