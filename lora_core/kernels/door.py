@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lora_core.kernels import linear
 from lora_core.kernels.forms import Form, choose
-from lora_core.kernels.linear import Factor, Gain, stacked
+from lora_core.kernels.linear import Factor, Gain, computed_in, stacked
 
 _EXPORT = Form("composed", "torch.export and tracers get plain operations")
 _TRANSFORM = Form(
@@ -65,13 +65,13 @@ def route(
         return _TRANSFORM
     if forward_ad._current_level >= 0:
         return _FORWARD_AD
-    factors: tuple[Tensor, ...]
-    if isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor):
-        rank, factors = lora_A.shape[0], (lora_A, lora_B)
+    if {type(x), type(weight), type(lora_A), type(lora_B)} <= _PLAIN:
+        rank = lora_A.shape[0]  # type: ignore[union-attr]
     else:
-        rank, factors = sum(A.shape[0] for A in lora_A), (*lora_A, *lora_B)
-    if not _PLAIN.issuperset(map(type, (x, weight, *factors))):
-        for operand in (x, weight, *factors):
+        downs = (lora_A,) if isinstance(lora_A, Tensor) else lora_A
+        ups = (lora_B,) if isinstance(lora_B, Tensor) else lora_B
+        rank = sum([A.shape[0] for A in downs])
+        for operand in (x, weight, *downs, *ups):
             if type(operand) not in _PLAIN and (compiling or not _is_fake(operand)):
                 return _SUBCLASS
     if x.is_nested or x.layout is not torch.strided or weight.layout is not torch.strided:
@@ -128,29 +128,19 @@ def run(
     Shape:
         As for `functional.fused_lora_linear`.
     """
-    how = form.form
-    dtype = computed_in(x) if torch._C._is_any_autocast_enabled() else None
-    if how == "addmm":
-        return linear.low_rank(x, weight, bias, lora_A, lora_B, gain, dropout=dropout, dtype=dtype)
-    if how == "merge":
-        return linear.merged(x, weight, bias, lora_A, lora_B, gain, dtype=dtype)
+    if form.form == "addmm":
+        return linear.low_rank(x, weight, bias, lora_A, lora_B, gain, dropout)
+    if form.form == "merge":
+        return linear.merged(x, weight, bias, lora_A, lora_B, gain)
     from lora_core.kernels import ops  # 10 ms that only tracers and GPUs need
 
     A, B = stacked(lora_A), stacked(lora_B, 1)
     return ops.lora_linear(
         *(x, weight, bias, A, B, _tensor(gain, x)),
-        dtype=dtype or x.dtype,
-        form=how,
+        dtype=computed_in(x),
+        form=form.form,
         dropout=dropout,
     )
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    """What the products of a call are computed in: the dtype of x, or autocast's."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 def _is_fake(operand: Tensor) -> bool:
