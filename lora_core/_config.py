@@ -281,6 +281,13 @@ class AdapterConfig:
         form=lambda c: "subtracted" * c.subtracted,
         filed="always",
     )
+    read: bool = _setting(
+        "Whether the weight itself reads as the sum, whoever reads it, where else the update stands"
+        " beside what the layer gives; a layer that allows nothing else is read without asking.",
+        False,
+        check=check_flag,
+        form=lambda c: "read" * c.read,
+    )
     reserve_rank: int | None = _setting(
         "Ranks to make room for, so that a file of another rank can be loaded into the adapter's"
         " place.",
@@ -370,6 +377,7 @@ class Settings(TypedDict, total=False):
     rank_dropout: float
     module_dropout: float
     init: str
+    read: bool
     reserve_rank: int | None
 
 

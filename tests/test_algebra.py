@@ -1690,7 +1690,7 @@ def test_merging_into_a_file_takes_the_memory_of_one_tensor(
 ) -> None:
     call = 'merge_file(folder / f"{name}.safetensors", adapter(layers, width), folder / f"{name}2")'
     most, _ = peak_of(call, tmp_path, 6, 4096, dtype)  # of 64 or 32 MiB each
-    assert 1 <= most < 1.5
+    assert 0.95 <= most < 1.5  # a page or two may have been there before
     merged = file_state(tmp_path / "large2")
     base = safetensors.torch.load_file(tmp_path / "large.safetensors")
     assert torch.equal(merged["l5.weight"], base["l5.weight"] + 2)

@@ -830,8 +830,8 @@ def test_the_name_of_either_factor_is_never_overwritten():
         (
             {"to_q": {"r": 2}},
             "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', 'dora', 'bias',"
-            " 'tucker', 'rank_dropout', 'module_dropout', 'init', 'reserve_rank', but 'to_q' sets"
-            " 'r'.",
+            " 'tucker', 'rank_dropout', 'module_dropout', 'init', 'read', 'reserve_rank', but"
+            " 'to_q' sets 'r'.",
         ),
     ],
 )
@@ -898,7 +898,7 @@ def test_a_layer_whose_class_changed_since_is_not_ejected(net):
 def test_a_keyword_that_is_no_setting_is_an_error_that_shows_those_there_are(net, word):
     message = (
         f"'{word}' must be a setting of an adapter, but is none. Use rank, alpha, dropout, dtype,"
-        " rslora, dora, bias, tucker, rank_dropout, module_dropout, init, reserve_rank."
+        " rslora, dora, bias, tucker, rank_dropout, module_dropout, init, read, reserve_rank."
     )
     for verb in (plan, inject):
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):

@@ -479,12 +479,12 @@ def test_a_subclass_keeps_its_own_forward_and_attributes():
     plain = layer(x)
     inject(layer, rank=2, targets=Doubled)
     assert isinstance(layer, Doubled)
-    assert type(layer).__name__ == "LoRADoubled"
-    assert type(layer) is adapted_class(Doubled)
+    assert type(layer).__name__ == "LoRAReadDoubled"
+    assert type(layer) is adapted_class(Doubled, read=True)
     assert layer.factor == 3.0
     assert torch.equal(layer(x), plain)
     trained(layer)
-    assert_close(layer(x), plain + x @ layer.lora_A_default.T @ layer.lora_B_default.T)
+    assert_close(layer(x), plain + 3 * x @ layer.lora_A_default.T @ layer.lora_B_default.T)
 
 
 def test_the_door_takes_plain_linears_alone():

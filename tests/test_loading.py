@@ -641,7 +641,7 @@ def test_a_bias_in_a_file_of_ours_must_find_one(tmp_path: Path) -> None:
     assert type(bare[0]) is nn.Linear
 
 
-def test_a_file_that_drops_inputs_drops_none_where_a_parameter_is_read(tmp_path: Path) -> None:
+def test_a_file_that_drops_inputs_drops_none_where_a_weight_is_read(tmp_path: Path) -> None:
     source = nn.ModuleDict({"attn": nn.ModuleDict({"out_proj": nn.Linear(8, 8)})})
     lora_core.inject(source, rank=2, targets="out_proj", dropout=0.1, name="p")
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
@@ -650,7 +650,7 @@ def test_a_file_that_drops_inputs_drops_none_where_a_parameter_is_read(tmp_path:
         p.data.normal_()
     path = tmp_path / "p.safetensors"
     lora_core.save(source, path)
-    with pytest.warns(UserWarning, match="no input is dropped where a parameter is read: 'attn.ou"):
+    with pytest.warns(UserWarning, match="no input is dropped where a weight is read: 'attn.ou"):
         report = lora_core.load(model, path, check_base=False)
     assert report.layers[0].config.dropout == 0
     lora_core.scales(model, p=1.0, q=1.0)

@@ -384,30 +384,6 @@ def test_a_weight_without_values_is_not_merged() -> None:
     assert all(layer.lora_state.merged is None for layer in model)
 
 
-class Squared(nn.Linear):
-    """Makes something else of its weight than a product."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # its own name for the input
-        return nn.functional.linear(x, self.weight.square(), self.bias)
-
-
-@pytest.mark.parametrize("reversible", [True, False])
-def test_a_host_whose_output_does_not_follow_its_weight_is_not_merged(reversible: bool) -> None:
-    model = nn.Sequential(Squared(6, 6)).eval()
-    lora_core.inject(model, rank=2, targets="0")
-    train_pretend(model, "default")
-    before, x = weights(model), torch.randn(4, 6)
-    expected = model(x)
-    said = (
-        "A host's output must follow its weight to be merged, but the forward of Squared at '0'"
-        " makes something else of it."
-    )
-    with pytest.raises(MergeError, match=f"^{re.escape(said)} Nothing was changed"):
-        lora_core.merge(model, reversible=reversible)
-    assert_bits(model, before)
-    assert torch.equal(model(x), expected)
-
-
 def test_training_while_merged_is_refused_at_the_forward() -> None:
     model = adapted().train()
     lora_core.merge(model)
@@ -715,70 +691,6 @@ def test_concurrent_forwards_of_one_model_agree() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-class Scaled(nn.Linear):
-    """Takes an option that weighs its product."""
-
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        return scale * nn.functional.linear(x, self.weight, self.bias)
-
-
-class Open(nn.Linear):
-    """Takes whatever it is given."""
-
-    def forward(self, *args: float) -> torch.Tensor:
-        return sum(args[1:], 1.0) * nn.functional.linear(args[0], self.weight, self.bias)
-
-
-class Gated(nn.Linear):
-    """Needs a second input."""
-
-    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return gate * nn.functional.linear(x, self.weight, self.bias)
-
-
-@pytest.mark.parametrize("reversible", [True, False])
-@pytest.mark.parametrize(
-    ("host", "option"),
-    [(Scaled, "scale: float = 1.0"), (Gated, "gate: torch.Tensor"), (Open, "*args: float")],
-)
-def test_a_host_whose_forward_takes_more_than_its_input_is_not_merged(
-    host: type[nn.Linear], option: str, reversible: bool
-) -> None:
-    model = nn.ModuleList([nn.Linear(6, 6), host(6, 6)]).eval()
-    lora_core.inject(model, rank=2, targets=nn.Linear)
-    train_pretend(model, "default")
-    before = weights(model)
-    said = (
-        f"A host's forward must take its input alone to be merged, but that of {host.__name__} at"
-        f" '1' takes '{option}', with which the update might not follow. Nothing was changed;"
-        " keep this layer unmerged."
-    )
-    with pytest.raises(MergeError, match=f"^{re.escape(said)}$"):
-        lora_core.merge(model, reversible=reversible)
-    assert_bits(model, before)
-
-
-class Pair(nn.Linear):
-    """Returns its product and its bias, as tensor-parallel layers do."""
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        return nn.functional.linear(x, self.weight), self.bias
-
-
-def test_a_host_that_returns_a_tuple_is_refused_by_the_forward_and_by_merge() -> None:
-    model = nn.Sequential(Pair(6, 6)).eval()
-    lora_core.inject(model, rank=2, targets="0")
-    train_pretend(model, "default")
-    said = "An adapted layer's host must return a tensor, but Pair returns tuple. Eject the adapter"
-    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(said)} from this layer.$"):
-        model(torch.randn(2, 6))
-    said = "A host must return a tensor to be merged, but Pair at '0' returns tuple. Nothing was"
-    with pytest.raises(MergeError, match=f"^{re.escape(said)} changed; keep this layer unmerged.$"):
-        lora_core.merge(model)
-    lora_core.eject(model)
-    assert isinstance(model(torch.randn(2, 6)), tuple)
 
 
 def test_a_forward_patched_after_injection_is_refused_by_merge_and_eject() -> None:

@@ -582,8 +582,8 @@ def test_a_rule_that_matches_nothing_is_an_error():
 def test_a_rule_that_sets_something_unknown_is_an_error():
     message = (
         "`rules` must set 'rank', 'alpha', 'dropout', 'dtype', 'rslora', 'dora', 'bias', 'tucker',"
-        " 'rank_dropout', 'module_dropout', 'init', 'reserve_rank', but 'to_q' sets 'ranks',"
-        " 'name'."
+        " 'rank_dropout', 'module_dropout', 'init', 'read', 'reserve_rank', but 'to_q' sets"
+        " 'ranks', 'name'."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         plan(tree("a.to_q"), rules={"to_q": {"ranks": 2, "name": "x"}})

@@ -74,14 +74,14 @@ def test_the_model_is_left_as_it_was_even_where_a_law_breaks() -> None:
 
 
 class Blind(nn.Module):
-    """Reads the weight of its second layer instead of calling it."""
+    """Reads the weight of a layer instead of calling it, in a way that code does not show."""
 
     def __init__(self, inner: nn.Sequential) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.inner[0](x), self.inner[1].weight)
+        return nn.functional.linear(self.inner[0](x), self.inner[1].get_parameter("weight"))
 
 
 def test_a_layer_without_effect_is_named() -> None:

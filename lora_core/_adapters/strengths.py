@@ -245,7 +245,7 @@ def _check_samples(layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Stre
         for n, layer in layers.items()
         for name in sizes
         if name in layer.lora_state.configs
-        and (layer.lora_kind.is_read or layer.lora_state.configs[name].dora)
+        and (layer.lora_is_read or layer.lora_state.configs[name].dora)
     ]
     if shared:
         raise UnsupportedLayerError(

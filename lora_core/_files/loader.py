@@ -29,10 +29,20 @@ from lora_core._injection import (
     graft,
     modules_of,
     parameters_of,
+    reasons,
     regraft,
     walk,
 )
-from lora_core._layers import STATE, kind_of, peek, refuse_pinned, reserved_parts, sizes
+from lora_core._layers import (
+    STATE,
+    drops_inputs,
+    kind_of,
+    peek,
+    refuse_pinned,
+    reserved_parts,
+    sizes,
+    unread,
+)
 from lora_core._reports import Report, count
 
 
@@ -134,18 +144,24 @@ def load(
     notes += compare_aliases(host, file, found, path, strict)
     if check_base and file.base:
         notes += compare_base(file, found, path, strict)
+    modules = modules_of(candidates)
+    why = reasons(modules, found.values())
     dry = [
         n
         for n, c in found.items()
-        if (config := file.layers[n].config) and config.dropout and kind_of(c.module).is_read
+        if (config := file.layers[n].config)
+        and config.dropout
+        and not drops_inputs(c.module, read=config.read or bool(why[c.name]))
     ]
-    notes += [f"no input is dropped where a parameter is read: {listed(dry)}"] if dry else []
+    notes += [f"no input is dropped where a weight is read: {listed(dry)}"] if dry else []
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     known: dict[AdapterConfig, AdapterConfig] = {}  # one object for all layers that are alike
     grafts = [
-        _graft(candidate, file.layers[n], _room(n, candidate, file, name, reserve_rank), known)
-        for n, candidate in found.items()
+        _graft(
+            c, file.layers[n], _room(n, c, file, name, reserve_rank), known, read=bool(why[c.name])
+        )
+        for n, c in found.items()
     ]
     configs = [g.config for g in grafts]
     report = describe(
@@ -158,8 +174,8 @@ def load(
         notes=tuple(notes),
         replaced=replace,
         alphas_from=[file.layers[n].alpha_from for n in found],
+        why=why,
     )
-    modules = modules_of(candidates)
     refuse_pinned("load", modules)
     if replace:
         regraft(modules, name, grafts, strength)
@@ -201,14 +217,22 @@ def _graft(
     layer: AdapterLayer,
     room: int | None,
     known: dict[AdapterConfig, AdapterConfig],
+    *,
+    read: bool,
 ) -> Graft:
     weight = peek(candidate.module)
     config = layer.settings
     if config.reserve_rank != room:
         config = dataclasses.replace(config, reserve_rank=room)
     kind = kind_of(candidate.module)
-    if kind.is_read and config.dropout:
+    read = (read or config.read) and not kind.is_read  # which such a kind is anyway
+    if read is not config.read:
+        config = dataclasses.replace(config, read=read)
+    if config.dropout and not drops_inputs(candidate.module, read=read):
         config = dataclasses.replace(config, dropout=0.0)
+    problem = unread(candidate.module, config) if config.read else ""
+    if problem:
+        raise ConfigError(f"A setting must fit its layer, but {problem} at {candidate.name!r}.")
     config = known.setdefault(config, config)
     refusal = room and kind.refusal(candidate.module, config)
     if refusal:

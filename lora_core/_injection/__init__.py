@@ -3,6 +3,7 @@
 from lora_core._injection.candidates import Candidate, modules_of, walk
 from lora_core._injection.dialects import DIALECTS
 from lora_core._injection.planner import describe, parameters_of, plan
+from lora_core._injection.readers import reasons
 from lora_core._injection.surgery import Graft, eject, graft, inject, regraft
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "modules_of",
     "parameters_of",
     "plan",
+    "reasons",
     "regraft",
     "walk",
 ]

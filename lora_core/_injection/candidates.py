@@ -1,15 +1,18 @@
 """Every place in a model that could carry an adapter, with all the names that it has."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import compress
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import nn
 
 from lora_core._adapters import clean
+from lora_core._injection.code import names_used
 from lora_core._injection.dialects import LAST_NAMES
 from lora_core._layers import (
     CHILD,
@@ -19,6 +22,7 @@ from lora_core._layers import (
     STATE,
     WEIGHT,
     Kind,
+    LoRAMixin,
     LoRAWeight,
     Slot,
     kind_for,
@@ -108,7 +112,44 @@ def walk(model: nn.Module) -> list[Candidate]:
                 labelled = tuple(f"{name}.{slot.label}".lstrip(".") for name in names)
                 raw = _is_raw(module, slot.label)
                 found.append(Candidate(labelled, slot, WEIGHT, why_not(slot), (module,), raw))
-    return found
+    uncalled = _uncalled(found)
+    return [replace(c, problem=uncalled[c.name]) if c.name in uncalled else c for c in found]
+
+
+def _uncalled(found: Sequence[Candidate]) -> dict[str, str]:
+    """The layers that are a weight's second name and are never called, and what to name instead.
+
+    That a layer is called is seen by its name in the code of the model's classes.
+    """
+    sharing: dict[int, list[Candidate]] = {}
+    for c in found:
+        if isinstance(c.module, nn.Module) and c.adaptable and not isinstance(c.module, LoRAMixin):
+            own = c.module._parameters.get("weight")
+            if own is not None:
+                sharing.setdefault(id(own), []).append(c)
+    shared = [group for group in sharing.values() if len(group) > 1]
+    if not shared:
+        return {}
+    modules: dict[str, Any] = {name: c.module for c in found for name in c.names}
+    used = set[str]().union(*(names_used(type(m)) for m in modules_of(found)))  # type: ignore[arg-type]
+    problems = {}
+    for group in shared:
+        called = [c for c in group if any(_is_called(name, modules, used) for name in c.names)]
+        for c in group if called else ():
+            if c not in called:
+                problems[c.name] = (
+                    f"is never called, and only lends its weight to {called[0].name!r}. Name that"
+                    " one instead, or exclude this one."
+                )
+    return problems
+
+
+def _is_called(name: str, modules: Mapping[str, Any], used: Set[str]) -> bool:
+    """Whether a layer may be called under a name: its own is used, or its parent's is by turns."""
+    parent, _, own = name.rpartition(".")
+    return own in used or isinstance(
+        modules.get(parent), nn.ModuleList | nn.ModuleDict | nn.Sequential | NoneType
+    )
 
 
 def unregistered(candidates: Sequence[Candidate]) -> list[Candidate]:

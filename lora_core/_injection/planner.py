@@ -24,6 +24,7 @@ from lora_core._errors import (
     listed,
 )
 from lora_core._injection.candidates import Candidate, modules_of, walk
+from lora_core._injection.readers import reasons
 from lora_core._injection.targets import Patterns, choose, matches, no_rule_match
 from lora_core._layers import (
     OWN_NAMES,
@@ -40,6 +41,7 @@ from lora_core._layers import (
 )
 from lora_core._reports import LayerReport, Report, count
 
+ASKED_FOR = "asked for"  # why a weight reads as the sum
 _OURS = (*OWN_NAMES, *(f"{part}_" for part in PARTS))  # how names of an adapter's begin
 
 
@@ -112,10 +114,12 @@ def draw_up(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be an nn.Module, but is {type(model).__name__}.")
     candidates = walk(model)
-    chosen, left_out = choose(candidates, targets, exclude)
-    configs = _configure(chosen, settings, rules)
-    report = describe(candidates, name, chosen, configs, left_out, freeze=freeze)
-    return report, chosen, modules_of(candidates)
+    chosen, left_out, asked = choose(candidates, targets, exclude)
+    modules = modules_of(candidates)
+    why = reasons(modules, chosen) | dict.fromkeys(asked, ASKED_FOR)
+    configs = _configure(chosen, settings, rules, why)
+    report = describe(candidates, name, chosen, configs, left_out, freeze=freeze, why=why)
+    return report, chosen, modules
 
 
 def describe(
@@ -129,6 +133,7 @@ def describe(
     notes: tuple[str, ...] = (),
     replaced: bool = False,
     alphas_from: Sequence[str] = (),
+    why: Mapping[str, str],
 ) -> Report:
     """The report for these layers of all; raises if the name is taken, or one is merged.
 
@@ -144,7 +149,10 @@ def describe(
         else:
             host = host_of(c.owners[0])
         sizes, shapes = kind.sizes(module), kind.shapes(module, config)
-        layers.append(LayerReport(c.name, host.__name__, *sizes, config, others, shapes, source))
+        reason = why[c.name] or ASKED_FOR if config.read else ""
+        layers.append(
+            LayerReport(c.name, host.__name__, *sizes, config, others, shapes, source, reason)
+        )
     before = parameters_of([c.module for c in candidates if isinstance(c.module, nn.Module)])
     training = 0 if freeze else count([p for p in before if p.requires_grad])
     total = count(before)
@@ -280,7 +288,9 @@ def _configure(
     chosen: Sequence[Candidate],
     settings: Mapping[str, Any],
     rules: Mapping[str, Mapping[str, Any]],
+    why: Mapping[str, str],
 ) -> list[AdapterConfig]:
+    """The settings of each layer; those that are read are so for a reason, or by a setting."""
     if not isinstance(rules, Mapping):
         raise ConfigError(f"`rules` must map patterns to settings, but is {rules!r}.")
     for pattern, overrides in rules.items():
@@ -308,12 +318,17 @@ def _configure(
         # asked for in general, it is for those that have one
         if mine["bias"] and not ruled and not has_bias(c.module):
             mine = {**mine, "bias": False}
+        read = bool(why[c.name])
+        if read and not mine["read"]:
+            mine = {**mine, "read": True}
         weight = peek(c.module)
         # layers of one class whose weights are alike have one config
         key = (type(c.module), id(mine), weight.shape, weight.dtype, weight.device, type(weight))
         config = known.get(key) if mine is general else None
         if config is None:
-            config = layer_config(c.module, mine, f" at {c.name!r}" if c.name else "")
+            where = f" at {c.name!r}" if c.name else ""
+            where += f" ({why[c.name]})" * (read and why[c.name] != ASKED_FOR)
+            config = layer_config(c.module, mine, where)
             config = known[key] = equal.setdefault(config, config)
         configs.append(config)
     if general["bias"] and not any(config.bias for config in configs):

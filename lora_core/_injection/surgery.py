@@ -23,7 +23,6 @@ from lora_core._layers import (
     Slot,
     Strength,
     WeightReader,
-    adapted_class,
     attach,
     change,
     detach,
@@ -31,6 +30,7 @@ from lora_core._layers import (
     exchange,
     factor_names,
     fresh_parts,
+    has_our_class,
     kind_of,
     lock,
     parts_of,
@@ -193,7 +193,7 @@ def _check_samples(
         strengths += [m.lora_state.strengths.get(name) for m in holders]
     if not any(isinstance(s, tuple) for s in strengths):
         return
-    shared = [g for g in grafts if kind_of(g.module).is_read or g.config.dora]
+    shared = [g for g in grafts if kind_of(g.module).is_read or g.config.read or g.config.dora]
     if shared:
         kinds = {"DoRA" if g.config.dora else "a parameter that is read" for g in shared}
         raise UnsupportedLayerError(
@@ -307,7 +307,7 @@ def eject(model: nn.Module, name: str | None = None) -> EjectReport:
 def _has_our_class(layer: LoRAMixin) -> bool:
     if isinstance(layer, LoRAWeight):
         return isinstance(layer.owner, WeightReader) and type(layer) is LoRAWeight
-    return type(layer) is adapted_class(layer.lora_host_class)
+    return has_our_class(layer)
 
 
 def _names(layers: Iterable[LoRAMixin]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
 from lora_core._injection.candidates import Candidate, unregistered
 from lora_core._injection.dialects import DIALECTS
-from lora_core._layers import PROJECTIONS
+from lora_core._layers import PROJECTIONS, Slot
 
 type_ = type
 Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -71,14 +71,15 @@ def shown(pattern: Pattern) -> str:
 
 def choose(
     candidates: Sequence[Candidate], targets: Patterns | None, exclude: Patterns
-) -> tuple[list[Candidate], dict[str, str]]:
-    """The layers to adapt, and why each other adaptable layer was left out.
+) -> tuple[list[Candidate], dict[str, str], set[str]]:
+    """The layers to adapt, why others were left out, and which were asked for by their weights.
 
     Raises:
         TargetError: If a pattern matches nothing, or nothing is left.
         UnsupportedLayerError: If a pattern asks for a layer that can't be adapted.
     """
     adaptable, unseen = [c for c in candidates if c.adaptable], unregistered(candidates)
+    read: set[str] = set()
     if targets is None:
         projections = attention_projections(candidates)
         chosen = {c.name for c in adaptable if c.name in projections and not c.problem}
@@ -93,7 +94,7 @@ def choose(
                 "`targets` must hold a pattern, but is empty."
                 " Leave it out (None) to adapt the attention projections."
             )
-        asked = _targeted(patterns, candidates, adaptable, unseen)
+        asked, read = _targeted(patterns, candidates, adaptable, unseen)
         chosen, reason = asked, "not matched by `targets`"
     excluded = _excluded(exclude, [c for c in adaptable if c.name in chosen])
     chosen = chosen - excluded.keys()
@@ -108,7 +109,7 @@ def choose(
         if c.name not in chosen and not c.raw
     }
     left_out |= {c.name: c.problem for c in unseen}
-    return [c for c in adaptable if c.name in chosen], left_out
+    return [c for c in adaptable if c.name in chosen], left_out, read
 
 
 def _unadaptable(hazards: Sequence[Candidate]) -> UnsupportedLayerError:
@@ -124,10 +125,15 @@ def _targeted(
     candidates: Sequence[Candidate],
     adaptable: Sequence[Candidate],
     unseen: Sequence[Candidate],
-) -> set[str]:
+) -> tuple[set[str], set[str]]:
     asked: set[str] = set()
+    read: set[str] = set()
     for pattern in patterns:
         hits = [c for c in adaptable if matches(pattern, c)]
+        if not hits and isinstance(pattern, str) and pattern.endswith(".weight"):
+            layer = pattern.removesuffix(".weight")
+            hits = [c for c in adaptable if not isinstance(c.module, Slot) and matches(layer, c)]
+            read.update(c.name for c in hits)
         hidden = [] if hits else [c for c in unseen if matches(pattern, c)]
         if hidden:
             raise _unadaptable(hidden)
@@ -146,7 +152,7 @@ def _targeted(
         if not hits:
             raise _no_match("targets", pattern, adaptable, "adaptable layers")
         asked.update(c.name for c in hits)
-    return asked
+    return asked, read
 
 
 def _excluded(exclude: Patterns, chosen: Sequence[Candidate]) -> dict[str, str]:

@@ -7,20 +7,35 @@ from lora_core._layers.context import BARE, PINS, at_rest, changing, pin_of, ref
 from lora_core._layers.convolution import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_core._layers.embedding import LoRAEmbedding
 from lora_core._layers.explanation import explain
-from lora_core._layers.fit import has_bias, kind_for, kind_of, layer_config, sizes, why_not
+from lora_core._layers.fit import (
+    drops_inputs,
+    has_bias,
+    kind_for,
+    kind_of,
+    layer_config,
+    sizes,
+    unread,
+    why_not,
+)
 from lora_core._layers.kind import (
     LINEAR,
     Kind,
+    computes_as_torch,
     filed_kinds,
     kind_named,
     kind_of_shape,
     may_be_one,
     peek,
-    runs_as_torch,
     swap,
 )
 from lora_core._layers.linear import LoRALinear
-from lora_core._layers.mixin import OWN_NAMES, LoRAMixin, adapted_class, refuse_merged
+from lora_core._layers.mixin import (
+    OWN_NAMES,
+    LoRAMixin,
+    adapted_class,
+    has_our_class,
+    refuse_merged,
+)
 from lora_core._layers.parts import (
     drawing,
     factor_names,
@@ -34,6 +49,7 @@ from lora_core._layers.parts import (
     trained_parts,
     zeros,
 )
+from lora_core._layers.standing import why_read
 from lora_core._layers.state import (
     FROZEN,
     ONCE,
@@ -51,7 +67,7 @@ from lora_core._layers.state import (
     state_of,
     undone_by,
 )
-from lora_core._layers.updates import addition, bias_delta, delta_of, stacked, update_norm
+from lora_core._layers.updates import bias_delta, delta_of, stacked, update_norm
 from lora_core._layers.weight import (
     CHILD,
     PROJECTIONS,
@@ -91,16 +107,17 @@ __all__ = [
     "Strength",
     "WeightReader",
     "adapted_class",
-    "addition",
     "at_rest",
     "attach",
     "bias_delta",
     "call_me",
     "change",
     "changing",
+    "computes_as_torch",
     "delta_of",
     "detach",
     "drawing",
+    "drops_inputs",
     "exchange",
     "explain",
     "factor_names",
@@ -108,6 +125,7 @@ __all__ = [
     "filed_kinds",
     "fresh_parts",
     "has_bias",
+    "has_our_class",
     "host_of",
     "idle",
     "kind_for",
@@ -124,7 +142,6 @@ __all__ = [
     "refuse_merged",
     "refuse_pinned",
     "reserved_parts",
-    "runs_as_torch",
     "select",
     "set_merged",
     "sizes",
@@ -135,7 +152,9 @@ __all__ = [
     "swap",
     "trained_parts",
     "undone_by",
+    "unread",
     "update_norm",
     "why_not",
+    "why_read",
     "zeros",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lora_core._config import AdapterConfig, NamedSettings, check_name, checked_settings
-from lora_core._errors import UnsupportedLayerError
+from lora_core._errors import ConfigError, UnsupportedLayerError
 from lora_core._layers.fit import layer_config, why_not
 from lora_core._layers.lengths import forget
 from lora_core._layers.mixin import LoRAMixin, adapted_class
@@ -52,7 +52,8 @@ def attach(
             vars(module)[STATE] = State(change=Change())  # of its own: another stand of tensors
         if not isinstance(module, LoRAMixin):
             # as `module.__class__ = ...`, past what a module does for each attribute
-            object.__setattr__(module, "__class__", adapted_class(type(module)))
+            host = adapted_class(type(module), read=config.read)
+            object.__setattr__(module, "__class__", host)
         assert isinstance(module, LoRAMixin)
         layer = module
     state = layer.lora_state
@@ -159,6 +160,11 @@ def adopt(
     given = dict(settings)
     name = check_name(given.pop("name", "default"))
     config = layer_config(host, checked_settings({"rank": rank, "alpha": alpha, **given}))
+    if config.read:
+        raise ConfigError(
+            "`read` must be False for a layer that is made anew, but is True. Use"
+            " `inject(model, read=True)`, which gives a layer the class that reads."
+        )
     with drawing():
         tensors = fresh_parts(host, layer.lora_kind, config)
     nn.Module.__init__(layer)

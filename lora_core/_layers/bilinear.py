@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._config import AdapterConfig
-from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.kind import KINDS, NAMED, Kind, Shape, Update, peek
 
 
@@ -65,14 +64,8 @@ class BilinearKind(Kind):
         """The two inputs."""
         return tuple(parts["lora_A"].shape[1:])
 
-    def update(self, layer: Any, x: Tensor, update: Update, *more: Any) -> Tensor:
+    def update(self, layer: Any, x: Tensor, update: Update, *more: Any) -> Tensor:  # noqa: ARG002
         """The low-rank update of two inputs, of which the first is dropped out."""
-        if not more:
-            raise UnsupportedLayerError(
-                "An adapted bilinear layer must be called with two inputs, but"
-                f" {layer.lora_host_class.__name__} is called with one. Eject the adapter from this"
-                " layer."
-            )
         lora_A, lora_B, gain, dropout = update
         return functional.bilinear_update(x, more[0], lora_A, lora_B, gain, dropout=dropout)
 

@@ -172,6 +172,27 @@ def node_of(tracer: Any, module: nn.Module, what: str) -> Proxy:
     return tracer.create_proxy("get_attr", tracer.path_of_module(module), (), {})  # type: ignore[no-any-return]
 
 
+def recorded_read(owner: nn.Module, parameter: str, found: Proxy) -> Proxy:
+    """A read of an adapted parameter as nodes of the torch.fx graph that is being traced.
+
+    Of the module, and not of the parameter as torch.fx itself found it: a graph would copy what
+    that reads as, once and for all.
+
+    Raises:
+        UnsupportedLayerError: If the graph holds the parameter already, or only it is traced.
+    """
+    shared = node_of(found.tracer, owner, "A module with an adapted parameter")
+    if found.node.users:
+        raise UnsupportedLayerError(
+            f"An adapted parameter must be read under one name to be traced by torch.fx, but"
+            f" {parameter!r} of a {type(owner).__name__} is read elsewhere as"
+            f" {found.node.target!r}. Untie the two, or eject the adapter first."
+        )
+    if not found.node._erased:  # by an earlier read
+        found.node.graph.erase_node(found.node)
+    return found.tracer.create_proxy("call_function", getattr, (shared, parameter), {})
+
+
 def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a layer's class, without hooks."""
     return type(layer).forward(layer, *args, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._config import AdapterConfig, NamedSettings
 from lora_core._layers.attachment import adopt, plain_attributes
-from lora_core._layers.kind import KINDS, NAMED, Kind, Shape, Update, peek
+from lora_core._layers.kind import KINDS, NAMED, Kind, Shape, Update, own_weight, peek
 from lora_core._layers.mixin import ADAPTED, LoRAMixin
 
 
@@ -101,7 +101,7 @@ class ConvKind(Kind):
 
     def through_weight(self, layer: Any, x: Tensor, columns: Tensor) -> Tensor:
         """The convolution of an input whose channels are multiplied by `columns`."""
-        weight = layer.weight.to(columns.dtype)
+        weight = own_weight(layer).to(columns.dtype)
         scaled = x.to(columns.dtype) * self.columns(layer, columns)
         through: Tensor = layer._conv_forward(scaled, weight, None)
         return through
@@ -112,7 +112,7 @@ class ConvKind(Kind):
 
     def rows(self, layer: Any, x: Tensor) -> Tensor:
         """A row for each place, and for each group."""
-        x = x if x.ndim == layer.weight.ndim else x[None]
+        x = x if x.ndim == peek(layer).ndim else x[None]
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         x = x.unflatten(1, (layer.groups, -1))  # type: ignore[no-untyped-call]  # (b, g, c, *places)
@@ -120,13 +120,13 @@ class ConvKind(Kind):
             zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
         ):
             x = x.unfold(3 + axis, (kernel - 1) * step + 1, stride)[..., ::step]
-        places = layer.weight.ndim - 2
+        places = peek(layer).ndim - 2
         x = x.movedim(2, 2 + places)  # (b, g, *places, c, *kernel)
         return x.flatten(2 + places).flatten(0, -2)
 
     def inputs(self, layer: Any, x: Tensor) -> tuple[str, bool]:
         """Channels first, batched or not."""
-        channels, places = int(layer.in_channels), layer.weight.ndim - 2
+        channels, places = int(layer.in_channels), peek(layer).ndim - 2
         shape = f"(batch, {channels}, {', '.join(['size'] * places)}), or the same without batch"
         return shape, x.ndim - places in (1, 2) and x.shape[-places - 1] == channels
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._errors import ConfigError, UnsupportedLayerError, listed
 from lora_core._layers.attachment import call_me
-from lora_core._layers.kind import runs_as_torch
+from lora_core._layers.kind import computes_as_torch, own_weight
 from lora_core._layers.linear import LoRALinear
 from lora_core._layers.mixin import LoRAMixin
 from lora_core._layers.updates import active
@@ -50,16 +50,18 @@ def explain(layer: nn.Module, x: Tensor) -> Form:
             f"`layer` must carry an adapter, but is a bare {type(layer).__name__}."
             " Pass a layer that `inject` adapted, such as `model.get_submodule(name)`."
         )
-    _check_input(layer, x)
+    read = layer.lora_is_read and not isinstance(layer, LoRALinear)
+    if not read or layer.lora_kind.is_read:  # else its host knows what it is called with
+        _check_input(layer, x)
     # the dropout of ranks draws, and the layer's own call must draw the same
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        found, merged = active(layer, x), layer.lora_state.merged
+        found, merged = active(layer, None if read else x), layer.lora_state.merged
     if merged is not None:
         hidden = merged.merged is not None
         return Form("frozen", _HIDDEN if hidden else "the adapters are merged into the weight")
     if not found.updates:
         return Form("frozen", "no adapter is active")
-    if layer.lora_kind.is_read:
+    if read:
         return Form("composed", "the parameter reads as its value plus the update")
     if not isinstance(layer, LoRALinear):
         return Form("composed", "the host's own forward makes the base, the update is added")
@@ -68,7 +70,8 @@ def explain(layer: nn.Module, x: Tensor) -> Form:
     if not found.is_one_update:
         return Form("composed", "an adapter has a magnitude or a bias beside its two factors")
     lora_A, lora_B, gain, dropout = found.updates[0]
-    return functional.fused_plan(x, layer.weight, layer.bias, lora_A, lora_B, gain, dropout=dropout)
+    weight = own_weight(layer)
+    return functional.fused_plan(x, weight, layer.bias, lora_A, lora_B, gain, dropout=dropout)
 
 
 def _check_input(layer: LoRAMixin, x: Tensor) -> None:
@@ -97,4 +100,4 @@ def _is_known(layer: LoRAMixin) -> bool:
     """Whether the host is called with `x` as it is, and by a forward of torch's own."""
     if any(hook is not call_me for hook in layer._forward_pre_hooks.values()):
         return False
-    return runs_as_torch(layer)
+    return computes_as_torch(layer.lora_host_class)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_core._config import AdapterConfig, check_alpha, check_rank
 from lora_core._errors import ConfigError
-from lora_core._layers.kind import KINDS, TRANSPOSED, Kind, host_kind, peek
+from lora_core._layers.kind import KINDS, TRANSPOSED, Kind, computes_as_torch, host_kind, peek
 from lora_core._layers.mixin import LoRAMixin
 from lora_core._layers.parts import wide_dtype
 from lora_core._layers.weight import WEIGHT, Slot
@@ -68,7 +68,8 @@ def why_not(module: nn.Module | Slot) -> str:
         )
     if module._modules and _is_owner(module):
         return "has an adapter on a parameter of its own. Eject that first, or exclude the layer."
-    own = _has_own_forward(module)
+    host: Any = module.lora_host_class if isinstance(module, LoRAMixin) else type(module)
+    own = not computes_as_torch(host)
     weight = getattr(module, "weight", None) if own else peek(module)
     if own and isinstance(weight, Tensor) and not _is_sharded(weight):
         return ""  # whatever the weight is stored as, the host's forward knows
@@ -78,13 +79,6 @@ def why_not(module: nn.Module | Slot) -> str:
 def _is_owner(module: nn.Module) -> bool:
     """Whether a parameter of a module is adapted where it is read."""
     return any("lora_owner" in vars(m) for m in module._modules.values() if m is not None)
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a subclass computes its output itself, as layers with 4-bit weights do."""
-    kind = host_kind(type(module))  # type: ignore[arg-type]
-    host = module.lora_host_class if isinstance(module, LoRAMixin) else type(module)
-    return kind is not None and host.forward is not kind.forward
 
 
 def _is_sharded(weight: Tensor) -> bool:
@@ -130,14 +124,47 @@ def layer_config(
             " effect and no gradient. Use `scales` to turn an adapter off."
         )
     dtype = checked["dtype"] or wide_dtype(weight)
-    own = {"rank": rank, "reserve_rank": reserve, "alpha": alpha, "dtype": dtype}
+    own: dict[str, Any] = {"rank": rank, "reserve_rank": reserve, "alpha": alpha, "dtype": dtype}
+    own["read"] = checked["read"] and not kind.is_read  # which such a kind is anyway
     config = AdapterConfig(**{**checked, **own})
     refusal = kind.refusal(module, config) or _unreadable(weight, config)
+    refusal = refusal or (unread(module, config) if config.read else "")
     if config.bias and not has_bias(module):
         refusal = refusal or "`bias=True` needs a bias to add to, and this layer has none"
     if refusal:
         raise ConfigError(f"A setting must fit its layer, but {refusal}{where}.")
     return config
+
+
+def drops_inputs(module: nn.Module | Slot, *, read: bool) -> bool:
+    """Whether an adapter can drop numbers of an input: where one adds to an output.
+
+    Args:
+        module: The layer.
+        read: Whether its weight reads as the sum; of a plain `nn.Linear` its own call adds as ever.
+    """
+    if kind_of(module).is_read:
+        return False
+    host = module.lora_host_class if isinstance(module, LoRAMixin) else type(module)
+    return not read or host is nn.Linear
+
+
+def unread(module: nn.Module | Slot, config: AdapterConfig) -> str:
+    """What does not go with settings by which a layer's weight reads as the sum; "" if all does."""
+    assert isinstance(module, nn.Module)
+    if isinstance(module, LoRAMixin) and not module.lora_is_read:
+        return "`read=True` is for a layer's first adapter, and the first one here is not read"
+    if "weight" not in module._parameters:
+        return "`read=True` needs a weight that is a Parameter, and this one is computed"
+    asked = {
+        "`dropout`": config.dropout and not drops_inputs(module, read=True),
+        "`bias`": config.bias,
+        "`init='eva'`": config.starts_from == "inputs",
+    }
+    wrong = [what for what, value in asked.items() if value]
+    if wrong:
+        return f"{wrong[0]} is for layers that are called, and the weight of this one is read"
+    return ""
 
 
 def has_bias(module: nn.Module | Slot) -> bool:

@@ -56,6 +56,14 @@ def peek(module: Any) -> Tensor:
             m.training = True
 
 
+def own_weight(layer: Any) -> Tensor:
+    """A layer's weight without an update, also where reading it gives the sum."""
+    own: Tensor | None = layer._parameters.get("weight")
+    if own is None:
+        own = layer.weight
+    return own
+
+
 def swap(weight: Tensor, values: Tensor) -> None:
     """Gives a Parameter other values without a copy, and lets autograd know.
 
@@ -82,7 +90,6 @@ class Kind:
         is_batched: Whether leading dimensions of the factors are a batch of matrices.
         takes_indices: Whether an input is of indices, not of numbers.
         is_read: Whether the host is a parameter that is read, and no layer that is called.
-        follows_weight: Whether a host's output is known to follow its weight, whatever its class.
     """
 
     name = "linear"
@@ -96,7 +103,6 @@ class Kind:
     is_batched = False
     takes_indices = False
     is_read = False
-    follows_weight = False
 
     @property
     def may_be_turned(self) -> bool:
@@ -202,7 +208,7 @@ class Kind:
 
     def through_weight(self, layer: Any, x: Tensor, columns: Tensor) -> Tensor:
         """What the host's matrix gives for `x` with its features multiplied by `columns`."""
-        weight = layer.weight.to(columns.dtype)
+        weight = own_weight(layer).to(columns.dtype)
         return nn.functional.linear(x.to(columns.dtype) * columns, weight)
 
     def samples(self, layer: Any, x: Tensor) -> int | None:  # noqa: ARG002
@@ -252,8 +258,6 @@ class Kind:
 class TransposedKind(Kind):
     """A matrix that is stored ``(in, out)``, as GPT-2's Conv1D does."""
 
-    follows_weight = True
-
     def sizes(self, host: Any) -> tuple[int, int]:
         """The weight's own order."""
         in_features, out_features = peek(host).shape
@@ -269,6 +273,7 @@ class TransposedKind(Kind):
 
 
 LINEAR, TRANSPOSED = Kind(), TransposedKind()
+_COMPUTING = ("forward", "_conv_forward", "_output_padding")  # methods that use a weight
 # host class -> the kind of its objects and of its subclasses'; each kind's file adds its line
 KINDS: dict[type[nn.Module], Kind] = {nn.Linear: LINEAR}
 # what files call the kinds; a matrix of which no more is known is one
@@ -301,10 +306,8 @@ def host_kind(cls: type) -> type[nn.Module] | None:
     return next((host for host in cls.__mro__ if host in KINDS), None)
 
 
-def runs_as_torch(layer: Any) -> bool:
-    """Whether a layer's host computes by the forward of torch's own, which follows its weight."""
-    kind: Kind = layer.lora_kind
-    host = host_kind(layer.lora_host_class)
-    return kind.follows_weight or (
-        host is not None and layer.lora_host_class.forward is host.forward
-    )
+@lru_cache
+def computes_as_torch(cls: type) -> bool:
+    """Whether a class makes its output of the weight by the methods of torch's own."""
+    kind = host_kind(cls)
+    return kind is None or all(getattr(cls, n, None) is getattr(kind, n, None) for n in _COMPUTING)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from lora_core._config import NamedSettings
 from lora_core._layers.attachment import adopt, plain_attributes
 from lora_core._layers.context import checked, marked, ordinary
-from lora_core._layers.kind import LINEAR
-from lora_core._layers.mixin import ADAPTED, LoRAMixin, call
+from lora_core._layers.kind import LINEAR, own_weight
+from lora_core._layers.mixin import ADAPTED, READ, LoRAMixin, LoRARead, call
 from lora_core._layers.state import STATE
-from lora_core._layers.updates import Active
+from lora_core._layers.updates import Active, added
 from lora_core.functional import fused_lora_linear
 
 
@@ -72,8 +72,27 @@ class LoRALinear(LoRAMixin, nn.Linear):
         if not found.is_one_update:
             return super().lora_sum(found, args, kwargs)
         (x,), (lora_A, lora_B, gain, dropout) = (*args, *kwargs.values()), found.updates[0]
-        out = fused_lora_linear(x, self.weight, self.bias, lora_A, lora_B, gain, dropout=dropout)
+        weight = own_weight(self)
+        out = fused_lora_linear(x, weight, self.bias, lora_A, lora_B, gain, dropout=dropout)
         return checked(self, out)
 
 
-ADAPTED[nn.Linear] = LoRALinear
+class LoRAReadLinear(LoRARead, LoRALinear):  # type: ignore[override]
+    """A linear layer whose weight others read: for them the sum, while its own call adds as ever.
+
+    So what it is called with is dropped as asked, and costs what it costs any other layer.
+    """
+
+    lora_host_class = nn.Linear
+    forward = LoRALinear.forward
+
+    def lora_sum(self, found: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The same; the base is made of the weight without the update."""
+        if found.is_one_update:
+            return LoRALinear.lora_sum(self, found, args, kwargs)
+        (x,) = (*args, *kwargs.values())
+        base = nn.functional.linear(x, own_weight(self), self.bias)
+        return checked(self, added(self, x, base, found))
+
+
+ADAPTED[nn.Linear], READ[nn.Linear] = LoRALinear, LoRAReadLinear

@@ -5,19 +5,30 @@ attributes and identity survive.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lora_core import functional
 from lora_core._errors import MergeError, UnsupportedLayerError
-from lora_core._layers.context import checked, is_ordinary, marked, recorded, settled
+from lora_core._layers.context import (
+    checked,
+    is_ordinary,
+    marked,
+    recorded,
+    recorded_read,
+    settled,
+)
 from lora_core._layers.kind import KINDS, TRANSPOSED, Kind, host_kind
 from lora_core._layers.parts import factors_of, parts_of, reset_parts
 from lora_core._layers.state import STATE, State, change, is_settled, lock, select, state_of
-from lora_core._layers.updates import Active, active, added
+from lora_core._layers.updates import Active, active, added, dense
+from lora_core.kernels.norms import without_autocast
 
 _MARK = "lora_merged"  # key beside a merged weight in a state dict
 
@@ -32,11 +43,13 @@ class LoRAMixin(nn.Module):
     Attributes:
         lora_host_class: The class that the layer had.
         lora_kind: What its adapters are.
+        lora_is_read: Whether its weight reads as the sum, and no update stands beside its output.
         lora_state: What it knows of them.
     """
 
     lora_host_class: ClassVar[type[nn.Module]]
     lora_kind: ClassVar[Kind]
+    lora_is_read: ClassVar[bool] = False
     lora_state: State
 
     weight: Tensor
@@ -113,8 +126,8 @@ class LoRAMixin(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, held, *rest = reduced
-        if type(self) is adapted_class(self.lora_host_class):
-            make, arguments = _blank, (self.lora_host_class,)
+        if has_our_class(self):
+            make, arguments = _blank, (self.lora_host_class, self.lora_is_read)
         state = state_of(self)
         if state is not None and state.merged is not None and state.merged.merged is not None:
             # inside `disabled`: the copy is the base that is shown, unmerged
@@ -126,6 +139,56 @@ class LoRAMixin(nn.Module):
                 STATE: state.having(selection=select(self, {}), merged=None),
             }
         return (make, arguments, held, *rest)
+
+
+class LoRARead(LoRAMixin):
+    """Adapters on a layer's weight as it reads, whoever reads it: the layer's own host or another.
+
+    For a host beside whose output no update may stand, because its forward does more with it than
+    torch's, or because another module reads its weight and never calls it.
+    """
+
+    lora_is_read = True
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight plus the active updates."""
+        # by torch's own look-up, which gives tracers of torch.fx a node of their graph
+        own: Any = nn.Module.__getattr__(self, "weight")
+        if isinstance(own, Proxy):
+            return recorded_read(self, "weight", own)  # type: ignore[return-value]
+        if not torch.compiler.is_compiling() and self in _CALLED.sums:
+            return _CALLED.sums[self]
+        return settled([self], lambda: _sum(self, own))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        host, weight = self.lora_host_class.forward, cast(Any, self.weight)
+        if torch.compiler.is_compiling() or isinstance(weight, Proxy):
+            return host(self, *args, **kwargs)
+        before = _CALLED.sums
+        _CALLED.sums = {**before, self: weight}
+        try:
+            return host(self, *args, **kwargs)
+        finally:
+            _CALLED.sums = before
+
+
+class _Called(threading.local):
+    """The sums of the layers that a thread is calling: a call reads one, however often."""
+
+    sums: Mapping[nn.Module, Tensor] = MappingProxyType({})
+
+
+_CALLED = _Called()
+
+
+def _sum(layer: LoRARead, own: Tensor) -> Tensor:
+    found = active(layer)
+    if found.updates:
+        with without_autocast(own):
+            return checked(layer, functional.merged_weight(own, dense(layer, found)))
+    # what an unmerge gives the Parameter must not reach who reads it now
+    return own if layer.lora_state.merged is None else own.view_as(own)
 
 
 # all that a class gains by it; a host may have none of these
@@ -199,11 +262,18 @@ def refuse_merged(module: nn.Module, state_dict: Mapping[str, Any], prefix: str,
 
 # host class -> the class that its objects take on when adapted; most are made on demand
 ADAPTED: dict[type[nn.Module], type[LoRAMixin]] = {}
+READ: dict[type[nn.Module], type[LoRAMixin]] = {}  # the same where the weight reads as the sum
 
 
-def adapted_class(host: type[nn.Module]) -> type[LoRAMixin]:
-    """The class that objects of class `host` take on when adapted; one per host class."""
-    if host not in ADAPTED:
+def has_our_class(layer: LoRAMixin) -> bool:
+    """Whether a layer's class is the one that it was given, and no other made of it since."""
+    return type(layer) is adapted_class(layer.lora_host_class, read=layer.lora_is_read)
+
+
+def adapted_class(host: type[nn.Module], *, read: bool = False) -> type[LoRAMixin]:
+    """The class that objects of class `host` take on when adapted; one per host class and form."""
+    made, form, word = (READ, LoRARead, "Read") if read else (ADAPTED, LoRAMixin, "")
+    if host not in made:
         known = host_kind(host)  # type: ignore[arg-type]
         names = {
             "lora_host_class": host,
@@ -211,13 +281,12 @@ def adapted_class(host: type[nn.Module]) -> type[LoRAMixin]:
             "__module__": host.__module__,
             "__doc__": host.__doc__,
         }
-        ADAPTED[host] = cast(
-            type[LoRAMixin], type(f"LoRA{host.__name__}", (LoRAMixin, host), names)
-        )
-    return ADAPTED[host]
+        cls = type(f"LoRA{word}{host.__name__}", (form, host), names)
+        made[host] = cast(type[LoRAMixin], cls)
+    return made[host]
 
 
-def _blank(host: type[nn.Module]) -> LoRAMixin:
+def _blank(host: type[nn.Module], read: bool = False) -> LoRAMixin:
     """An adapted object without its state: pickle and deepcopy fill it."""
-    cls = adapted_class(host)
+    cls = adapted_class(host, read=read)
     return cls.__new__(cls)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_core import functional
 from lora_core._config import PARTS, AdapterConfig
 from lora_core._errors import UnsupportedLayerError
-from lora_core._layers.kind import Kind, Shape, peek
+from lora_core._layers.kind import Kind, Shape, own_weight, peek
 from lora_core._layers.lengths import length_of
 
 
@@ -120,7 +120,7 @@ def _is_fresh(layer: Any, name: str) -> bool:
     if "lora_magnitude" not in parts:
         return True
     with torch.no_grad():
-        length = length_of(layer, layer.lora_kind.matrix(layer.weight))
+        length = length_of(layer, layer.lora_kind.matrix(own_weight(layer)))
     return torch.equal(parts["lora_magnitude"], length.to(parts["lora_magnitude"].dtype))
 
 

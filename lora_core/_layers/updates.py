@@ -10,7 +10,7 @@ from lora_core import functional
 from lora_core._config import AdapterConfig, Recipe
 from lora_core._errors import ConfigError, MergeError, listed
 from lora_core._layers.context import refuse_pins, seen_state
-from lora_core._layers.kind import Kind, Update
+from lora_core._layers.kind import Kind, Update, own_weight
 from lora_core._layers.lengths import column_norm_of, length_of, norm_of
 from lora_core._layers.parts import factors_of, trained_parts
 from lora_core._layers.state import Order, State, Term, is_per_sample
@@ -63,24 +63,6 @@ def active(layer: Any, x: Tensor | None = None) -> Active:
     return _collect(layer, terms, x, training=layer.training)
 
 
-def addition(layer: Any, x: Tensor, base: Tensor) -> Tensor:
-    """What the active updates add to the host's output for `x` by way of the weight, wide."""
-    kind: Kind = layer.lora_kind
-    (update,), stretch, _, columns = _wide(layer)
-    x = x.double() if x.is_floating_point() else x
-    exact = update._replace(gain=cast(Tensor, update.gain).double())
-    added = kind.update(layer, x, exact).double()
-    if columns is not None:
-        added = added + kind.through_weight(layer, x, columns.double()).double()
-    if stretch is None:
-        return added
-    own = getattr(layer, "bias", None)
-    directed = base.double()
-    if own is not None:
-        directed = directed - kind.channels(layer, own, base)
-    return added + kind.channels(layer, stretch.double(), base) * directed
-
-
 def added(layer: Any, x: Tensor, base: Tensor, found: Active, *more: Any) -> Tensor:
     """The host's output for `x` plus what is active; `more` is what else the host was given."""
     kind: Kind = layer.lora_kind
@@ -101,11 +83,20 @@ def added(layer: Any, x: Tensor, base: Tensor, found: Active, *more: Any) -> Ten
 
 def delta_of(layer: Any) -> Tensor:
     """The sum of the active updates in the weight's own layout, float32 or wider."""
+    return dense(layer, _wide(layer))
+
+
+def dense(layer: Any, found: Active) -> Tensor:
+    """What is active as one change of the weight, which knows no input to drop numbers of."""
     kind: Kind = layer.lora_kind
-    updates, stretch, _, columns = _wide(layer)
-    lora_A, lora_B, gain, _ = updates[0]
-    dense = functional.lora_delta(*kind.as_matrices(lora_A, lora_B), gain)
-    weight = layer.weight
+    updates, stretch, _, columns = found
+    dense, *more = [
+        functional.lora_delta(*kind.as_matrices(lora_A, lora_B), gain)
+        for lora_A, lora_B, gain, _ in updates
+    ]
+    for other in more:
+        dense = dense + other
+    weight = own_weight(layer)
     if stretch is not None:
         dense = dense + stretch[:, None] * kind.matrix(weight).to(dense.dtype)
     if columns is not None:
@@ -141,7 +132,7 @@ def _wide(layer: Any) -> Active:
     selection = layer.lora_state.selection
     exact = {term.name: term for term in selection.bank}  # gains are tensors
     terms = [exact[name] for name in selection.names]
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    wide = torch.promote_types(own_weight(layer).dtype, torch.float32)
     with torch.no_grad():
         (update,), stretch, bias, columns = _collect(layer, terms, None, training=False)
     lora_A, lora_B = (f.detach().to(wide) for f in update[:2])
@@ -243,7 +234,7 @@ def _ratio(
 ) -> Tensor:
     _refuse_samples(name, gain)
     kind: Kind = layer.lora_kind
-    matrix = kind.matrix(layer.weight)
+    matrix = kind.matrix(own_weight(layer))
     norm = norm_of(layer, name, matrix, *kind.as_matrices(lora_A, lora_B), gain)
     magnitude: Tensor = getattr(layer, f"lora_magnitude_{name}")
     return functional.dora_ratio(
@@ -265,17 +256,17 @@ def _column_ratio(
     """What each column is multiplied by; the sum is made dense, which no new adapter needs."""
     _refuse_samples(name, gain)
     kind: Kind = layer.lora_kind
-    matrix = kind.matrix(layer.weight)
+    matrix = kind.matrix(own_weight(layer))
 
     def adapted() -> Tensor:
         dense = functional.lora_delta(*kind.as_matrices(lora_A, lora_B), gain)
-        return kind.like_weight(dense + matrix.to(dense.dtype), layer.weight)
+        return kind.like_weight(dense + matrix.to(dense.dtype), own_weight(layer))
 
     norm = column_norm_of(layer, name, gain, adapted)
     magnitude: Tensor = getattr(layer, f"lora_in_magnitude_{name}")
     return functional.dora_ratio(
         magnitude.to(norm.dtype),
-        column_norm_of(layer, "", 1.0, lambda: cast(Tensor, layer.weight)),
+        column_norm_of(layer, "", 1.0, lambda: own_weight(layer)),
         norm,
         cast(Tensor | float, strength),
     )

@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from lora_core import functional
 from lora_core._config import AdapterConfig
 from lora_core._errors import UnsupportedLayerError
-from lora_core._layers.context import checked, node_of, settled
+from lora_core._layers.context import checked, recorded_read, settled
 from lora_core._layers.kind import NAMED, Kind, Shape, swap
 from lora_core._layers.mixin import LoRAMixin
 from lora_core._layers.state import STATE, State
@@ -79,7 +79,6 @@ class WeightKind(Kind):
     rank_dims = (-2, -1)
     is_batched = True
     is_read = True
-    follows_weight = True
 
     def sizes(self, host: Any) -> tuple[int, int]:
         """``(in, out)`` of the last two dimensions."""
@@ -166,7 +165,7 @@ WEIGHT = NAMED["weight"] = WeightKind()
 class LoRAWeight(LoRAMixin):
     """Adapters on a parameter: maps the parameter to its sum with the updates."""
 
-    lora_host_class, lora_kind = nn.Module, WEIGHT
+    lora_host_class, lora_kind, lora_is_read = nn.Module, WEIGHT, True
 
     def __init__(self, slot: Slot) -> None:
         nn.Module.__init__(self)
@@ -307,7 +306,7 @@ def _reading(parameter: str, children: list[str]) -> property:
         # by torch's own look-up, which gives tracers of torch.fx a node of their graph
         value: Any = nn.Module.__getattr__(self, parameter)
         if isinstance(value, Proxy):
-            return _recorded_read(self, parameter, value)  # type: ignore[return-value]
+            return recorded_read(self, parameter, value)  # type: ignore[return-value]
         layers = [cast(LoRAWeight, self._modules.get(child)) for child in children]
         if None in layers:  # another thread took one off
             return cast(Tensor, getattr(self, parameter))
@@ -323,27 +322,6 @@ def _reading(parameter: str, children: list[str]) -> property:
         return settled(layers, compute)
 
     return property(read)
-
-
-def _recorded_read(owner: nn.Module, parameter: str, found: Proxy) -> Proxy:
-    """A read of an adapted parameter as nodes of the torch.fx graph that is being traced.
-
-    Of the module, and not of the parameter as torch.fx itself found it: a graph would copy what
-    that reads as, once and for all.
-
-    Raises:
-        UnsupportedLayerError: If the graph holds the parameter already, or only it is traced.
-    """
-    shared = node_of(found.tracer, owner, "A module with an adapted parameter")
-    if found.node.users:
-        raise UnsupportedLayerError(
-            f"An adapted parameter must be read under one name to be traced by torch.fx, but"
-            f" {parameter!r} of a {type(owner).__name__} is read elsewhere as"
-            f" {found.node.target!r}. Untie the two, or eject the adapter first."
-        )
-    if not found.node._erased:  # by an earlier read
-        found.node.graph.erase_node(found.node)
-    return found.tracer.create_proxy("call_function", getattr, (shared, parameter), {})
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor]:

@@ -14,7 +14,6 @@ from lora_core._layers import (
     PerSample,
     factors_of,
     parts_of,
-    runs_as_torch,
     set_merged,
     stacked,
     swap,
@@ -114,7 +113,6 @@ def sum_of(site: Site) -> Sum | None:
         and weight.dtype in (*WIDE, *HALF)
         and weight.is_contiguous()
         and not weight.is_inference()  # which has no version to tell by
-        and runs_as_torch(layer)
     )
     matrix = layer.lora_kind.matrix(weight) if fits else None
     if matrix is None or matrix.ndim != 2:

@@ -22,7 +22,6 @@ from lora_core._layers import (
     delta_of,
     lock,
     refuse_pinned,
-    runs_as_torch,
     set_merged,
     undone_by,
 )
@@ -41,7 +40,6 @@ from lora_core._merging.contact import (
 )
 from lora_core._merging.finite import norms, read
 from lora_core._merging.loss import Losses, Sample, sample
-from lora_core._merging.probe import probe
 from lora_core._merging.refusals import (
     check_factors,
     check_merged,
@@ -98,8 +96,7 @@ def merge(
         ConfigError: If `reversible` is neither of the three, or `keep` goes with False.
         AdapterError: If the model has no adapter.
         MergeError: If it is merged already, nothing is active, a weight is tied elsewhere, a
-            merged weight would not be finite, or a host's forward is not proven to follow its
-            weight. Nothing is changed then.
+            merged weight would not be finite. Nothing is changed then.
 
     Example:
         >>> from lora_core import LoRALinear
@@ -331,7 +328,7 @@ def _merge_into_copies(
     """Gives all layers new weights; what they had, as well as in `undo` before it is changed."""
     new, sums = {}, {}
     for name, site in sites.items():
-        new[name], total, few = _new_weight(name, site)
+        new[name], total, few = _new_weight(site)
         if total is not None:
             sums[name] = total
         losses.add(name, few)
@@ -403,8 +400,8 @@ def _refuse_overflow(sites: Mapping[str, Site], sizes: Sequence[float]) -> None:
     weights = read(norms([site.weight for site in sites.values()]))
     for (name, site), largest in zip(sites.items(), weights, strict=True):
         limit = torch.finfo(site.weight.dtype).max / 2 - updates[name]
-        if not (runs_as_torch(site.layer) and (largest < limit or _largest(site) < limit)):
-            check_merged({name: _new_weight(name, site)[0]})  # only the sum itself can be tried
+        if not (largest < limit or _largest(site) < limit):
+            check_merged({name: _new_weight(site)[0]})  # only the sum itself can be tried
         if site.bias is not None:
             _new_bias(name, site)
 
@@ -416,7 +413,7 @@ def _largest(site: Site) -> float:
     return max(-float(low), float(high)) if math.isfinite(low + high) else math.inf
 
 
-def _new_weight(name: str, site: Site) -> tuple[Tensor, Tensor | None, Sample]:
+def _new_weight(site: Site) -> tuple[Tensor, Tensor | None, Sample]:
     """The merged weight, not yet checked, perhaps the sum of its numbers, and a sample of it."""
     weight, made = site.weight, sum_of(site)
     if made is not None:
@@ -426,9 +423,6 @@ def _new_weight(name: str, site: Site) -> tuple[Tensor, Tensor | None, Sample]:
     delta = delta_of(site.layer)
     new = functional.merged_weight(weight, delta)
     total = new.sum()
-    if not runs_as_torch(site.layer):
-        check_merged({name: new}, {name: total})
-        probe(name, site, new)
     few = sample(weight, new, delta)
     # all the rest of the update may go
     return new, total, few._replace(update=(few.update[0].clone(),))
@@ -465,7 +459,7 @@ def _put_in_place(name: str, site: Site, state: Merged) -> Sample:
 
 
 def _copy_in_place(name: str, site: Site, state: Merged) -> Sample:
-    new, total, (old, arrived, update) = _new_weight(name, site)
+    new, total, (old, arrived, update) = _new_weight(site)
     check_merged({name: new}, {} if total is None else {name: total})
     few = Sample(old.clone(), arrived.clone(), update)
     bias = None if site.bias is None else _new_bias(name, site)

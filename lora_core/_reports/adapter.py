@@ -24,6 +24,7 @@ class LayerReport:
         aliases: Other dotted names of the same module object.
         shapes: The shape of each of the adapter's tensors.
         alpha_from: Where a file's alpha is from; "" where there is no file.
+        why: Why the weight itself reads as the sum; "" where the update stands beside the output.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerReport:
     aliases: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     alpha_from: str = ""
+    why: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,6 +143,8 @@ class Report:
         for setting in SETTINGS.values():
             said = Counter(setting.note(layer.config) for layer in self.layers)
             lines += [f"{what} on {having} layers" for what, having in said.items() if what]
+        for reason, count in Counter(layer.why for layer in self.layers if layer.why).items():
+            lines.append(f"weights that read as the sum: {count} ({reason})")
         for reason, count in Counter(self.left_out.values()).most_common():
             lines.append(f"left out: {count} ({reason})")
         return "\n".join([*lines, *self.notes])

@@ -16,7 +16,7 @@ import lora_core._adapters as adapters
 from lora_core._errors import ConfigError, listed
 from lora_core._files import load, save
 from lora_core._injection import eject, inject
-from lora_core._layers import LoRAWeight, runs_as_torch, stored_parts, trained_parts
+from lora_core._layers import LoRAWeight, computes_as_torch, stored_parts, trained_parts
 from lora_core._merging import merge, unmerge
 from lora_core._reports import Report
 
@@ -208,8 +208,9 @@ def _check_samples(model: nn.Module, calls: _Calls, name: str) -> None:
     layers = adapters.adapted_layers(model)
     for path, recorded in calls.items():
         layer, (args, kwargs, _) = layers[path], recorded[0]
-        shared = layer.lora_kind.is_read or layer.lora_state.configs[name].dora
-        if shared or len(args) != 1 or kwargs or not runs_as_torch(layer):
+        shared = layer.lora_is_read or layer.lora_state.configs[name].dora
+        host: Any = layer.lora_host_class
+        if shared or len(args) != 1 or kwargs or not computes_as_torch(host):
             continue
         if not layer.lora_kind.samples(layer, args[0]):
             continue

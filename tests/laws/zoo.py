@@ -56,6 +56,32 @@ class Model(nn.Module):
         return self.site(x)
 
 
+class Centred(nn.Conv2d):
+    """A convolution with a kernel without its mean, of its input with a border."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(nn.functional.pad(x, (2, 0)), kernel, self.bias)
+
+
+class Shifted(nn.Embedding):
+    """A table whose rows are found by indices that are shifted, and multiplied."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids + 1)
+
+
+class Reader(nn.Module):
+    """Reads the weight of a layer that it never calls."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layer.weight.tanh(), self.layer.bias)
+
+
 class Attention(Model):
     """Self-attention at `site`."""
 
@@ -172,7 +198,14 @@ ZOO: dict[str, Kind] = {
     "linear-subclass": Kind(
         lambda: Model(Doubled(8, 6)),
         {"targets": "site"},
-        excused={"merge": "an update of its weight would be doubled"},
+    ),
+    "conv-subclass": Kind(lambda: Model(Centred(4, 6, 3)), {"targets": "site"}, pictures(7, 6)),
+    "embedding-subclass": Kind(lambda: Model(Shifted(10, 6)), {"targets": "site"}, indices),
+    "read-by-another": Kind(lambda: Model(Reader(nn.Linear(8, 6))), {"targets": "layer"}),
+    "read-as-asked": Kind(
+        lambda: Model(nn.Linear(8, 6)),
+        {"targets": "site.weight", "dora": True},
+        excused=FROM_VALUES,
     ),
     "gpt2-conv1d": Kind(lambda: Model(Conv1D(6, 8)), {"targets": "site"}),
     "dora": Kind(
