@@ -123,7 +123,7 @@ def _uncalled(found: Sequence[Candidate]) -> dict[str, str]:
     """
     sharing: dict[int, list[Candidate]] = {}
     for c in found:
-        if isinstance(c.module, nn.Module) and c.adaptable and not isinstance(c.module, LoRAMixin):
+        if isinstance(c.module, nn.Module) and c.adaptable and not (c.problem or c.raw):
             own = c.module._parameters.get("weight")
             if own is not None:
                 sharing.setdefault(id(own), []).append(c)
