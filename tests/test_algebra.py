@@ -1265,10 +1265,48 @@ def test_a_plain_matrix_goes_on_what_is_there(tmp_path: Path) -> None:
     weights = {"lin.weight": torch.randn(7, 6), "point.weight": torch.randn(7, 6, 1, 1)}
     safetensors.torch.save_file(weights, tmp_path / "b.safetensors")
     a = adapter(lin=make_layer("matrix"), point=make_layer("matrix", seed=1))
-    merge_file(tmp_path / "b.safetensors", a, tmp_path / "out")
+    merge_file(tmp_path / "b.safetensors", a, tmp_path / "out", check_base=False)
     for name, value in file_state(tmp_path / "out").items():
         asked = weights[name].flatten(1) + delta(a.layers[name.removesuffix(".weight")]).float()
         assert_close(value.flatten(1), asked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_that_is_not_the_adapters_base_is_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    def net(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        parts = {
+            "lin": nn.Linear(6, 7),
+            "conv": nn.Conv2d(3, 4, 3),
+            "attn": nn.MultiheadAttention(8, 2),
+        }
+        return nn.ModuleDict(parts).to(dtype)
+
+    model = net(0)
+    lora_core.inject(model, rank=2, targets=["lin", "conv", "q_proj_weight", "v_proj_weight"])
+    train_pretend(model, "default")
+    a = lora_core.adapter_of(model)
+    for seed in (0, 1):
+        safetensors.torch.save_file(net(seed).state_dict(), tmp_path / f"{seed}.safetensors")
+    merge_file(tmp_path / "0.safetensors", a, tmp_path / "once.safetensors")
+    rounded = {n: t.to(torch.float16) for n, t in net(0).state_dict().items()}
+    safetensors.torch.save_file(rounded, tmp_path / "half.safetensors")
+    merge_file(tmp_path / "half.safetensors", a, tmp_path / "half_out.safetensors")
+    for other in ("1", "once"):  # another model, and one that has the adapter already
+        with pytest.raises(MismatchError, match=(
+            r"^The checkpoint must be the one that adapter 'default' was trained on, but the"
+            rf" weights of '.*{other}.safetensors' differ at 4 of 4 layers: .*\(file .*, model .*\).*Name that"
+            r" base, or pass check_base=False\.$"
+        )):  # fmt: skip
+            merge_file(tmp_path / f"{other}.safetensors", a, tmp_path / "out.safetensors")
+        assert not (tmp_path / "out.safetensors").exists()
+    merge_file(tmp_path / "1.safetensors", a, tmp_path / "out.safetensors", check_base=False)
+    with pytest.raises(
+        CorruptFileError, match="^Adapter 'default' must describe its base, but the b"
+    ):
+        merge_file(tmp_path / "0.safetensors", replace(a, base={"samples": "x"}), tmp_path / "n")
 
 
 def gpt2(tmp_path: Path, **more: Tensor) -> tuple[Path, nn.Module]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_core._errors import ConfigError, CorruptFileError, listed
 from lora_core._formats import container, sniffing
+from lora_core._formats.bases import Row, places
 
 SUFFIX = ".safetensors"
 INDEX = f"{SUFFIX}.index.json"
@@ -182,6 +183,28 @@ def read_bytes(file: BinaryIO, entry: Entry) -> memoryview:
             " again."
         )
     return data
+
+
+def sampled(entry: Entry, first: int, numbers: int) -> Row | None:
+    """The sampled values of some of a tensor's numbers, without a look at the others.
+
+    None where they are no plain numbers.
+
+    Args:
+        entry: The tensor.
+        first: Where the numbers begin.
+        numbers: How many they are.
+    """
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None or not dtype.is_floating_point or not numbers:
+        return None
+    values = []
+    with entry.file.open("rb") as file:
+        for place in places(numbers):
+            file.seek(entry.start + (first + place) * dtype.itemsize)
+            data = bytearray(file.read(dtype.itemsize))
+            values.append(float(torch.frombuffer(data, dtype=dtype).double()))
+    return Row(dtype, values)
 
 
 def as_tensor(entry: Entry, data: memoryview) -> Tensor:

@@ -3,6 +3,7 @@
 Each tensor becomes the module that it is the weight of, so that one code merges all.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,12 +20,14 @@ from lora_core._algebra.checkpoints import (
     as_tensor,
     open_checkpoint,
     respliced,
+    sampled,
 )
 from lora_core._algebra.factors import check_adapter, is_read
-from lora_core._algebra.places import Located, bias_of, located
+from lora_core._algebra.places import Located, bias_of, located, paths_of, place_of
 from lora_core._config import AdapterConfig, check_finite
-from lora_core._errors import ConfigError
+from lora_core._errors import ConfigError, CorruptFileError, MismatchError, listed
 from lora_core._formats import Adapter, AdapterLayer
+from lora_core._formats.bases import differing_rows
 from lora_core._formats.conforming import changed, conformed, joined
 from lora_core._formats.neutral import part_of
 from lora_core._formats.replacing import new_file, new_folder
@@ -51,6 +54,7 @@ def merge_file(
     only: str | None = None,
     transposed: bool | None = None,
     force: bool = False,
+    check_base: bool = True,
     told: Told | None = None,
 ) -> FileMergeReport:
     """Writes a checkpoint with an adapter merged in, reading and writing one tensor at a time.
@@ -73,12 +77,14 @@ def merge_file(
         transposed: Whether square matrices of linear layers are stored ``(in, out)``, as GPT-2's
             are; None takes them as the adapter's other linear layers are stored.
         force: Whether a file that is there may be replaced; a folder may not.
+        check_base: Whether to compare the weights with those the adapter was trained on.
         told: Told of each layer when it is merged, with the share of the update that rounding
             lost for its error; see `LayerResult`.
 
     Raises:
         ConfigError: If a setting is out of range, or something is at `out`.
-        MismatchError: If a layer of the adapter is not in the checkpoint, or has other sizes.
+        MismatchError: If a layer of the adapter is not in the checkpoint, or has other sizes, or
+            the adapter was trained on another base.
         UnsupportedLayerError: If the tensor of a layer is quantised.
         MergeError: If a merged weight would not be finite.
         CorruptFileError: If the checkpoint is damaged or of another kind.
@@ -105,7 +111,10 @@ def merge_file(
     target = Path(os.fsdecode(out))
     checkpoint = open_checkpoint(base)
     _check_free(target, checkpoint, force=force)
-    layers = located(part_of(adapter, only, f"adapter {adapter.name!r}"), checkpoint, transposed)
+    adapter = part_of(adapter, only, f"adapter {adapter.name!r}")
+    layers = located(adapter, checkpoint, transposed)
+    if check_base and adapter.base:
+        _check_base(adapter, checkpoint)
     hosts = Hosts(adapter.name, layers, checkpoint, strength)
     tell, lost = Teller(told, len(layers)), dict[str, float]()
     changed = {*hosts.layers, *hosts.biases}
@@ -143,6 +152,31 @@ def merge_file(
     return FileMergeReport(
         str(target), adapter.name, strength, lost, len(changed), untouched, nbytes
     )
+
+
+def _check_base(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint that is not the one that an adapter was trained on."""
+    rows = {}
+    for name, path in paths_of(adapter, checkpoint).items():
+        place = place_of(path, checkpoint.entries)
+        assert place is not None
+        entry = checkpoint.entries[place.tensor]
+        numbers = math.prod(place.shape(entry.shape))
+        row = sampled(entry, (place.part or 0) * numbers, numbers)
+        if row is not None:
+            rows[name] = row
+    try:
+        other = differing_rows(adapter.base, adapter.layers, rows)
+    except ValueError as error:
+        raise CorruptFileError(
+            f"Adapter {adapter.name!r} must describe its base, but {error}. Fetch or save it again."
+        ) from error
+    if other:
+        raise MismatchError(
+            f"The checkpoint must be the one that adapter {adapter.name!r} was trained on, but the"
+            f" weights of {str(checkpoint.path)!r} differ at {len(other)} of {len(rows)} layers:"
+            f" {listed(other, 2)}. Name that base, or pass check_base=False."
+        )
 
 
 def _check_free(target: Path, checkpoint: Checkpoint, *, force: bool) -> None:

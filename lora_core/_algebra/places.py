@@ -114,7 +114,7 @@ def located(
             bias that is to change is missing.
         UnsupportedLayerError: If a tensor is no plain numbers.
     """
-    paths = _paths(adapter, checkpoint)
+    paths = paths_of(adapter, checkpoint)
     layers, beside = _sides(adapter, paths, checkpoint)
     places = {path: place for path in layers if (place := place_of(path, checkpoint.entries))}
     held: dict[str, list[str]] = {}
@@ -175,7 +175,7 @@ def _refuse_shared(names: Sequence[str], tensor: str, checkpoint: Checkpoint) ->
     )
 
 
-def _paths(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
+def paths_of(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, str]:
     """By layer the path of its module."""
     entries = checkpoint.entries
     layers = adapter.layers

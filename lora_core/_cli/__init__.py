@@ -54,6 +54,7 @@ _ADVICE = {
         ("Load it into its model, and save that.", "Pass --base with its model."),
         ("Load each into the model and save it again.", "Pass --base with their model."),
     ],
+    "check_base": [("pass check_base=False.", "pass --no-check-base.")],
     "alpha": [
         (
             "Pass alpha=, a number or a dict by module, as it was trained.",

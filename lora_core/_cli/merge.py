@@ -34,6 +34,12 @@ def add(commands: "Commands") -> None:
         action=argparse.BooleanOptionalAction,
         help="whether square matrices are stored (in, out), as GPT-2's are (told by the others)",
     )
+    parser.add_argument(
+        "--check-base",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the model must be the one that the adapter was trained on (yes)",
+    )
     reading(parser)
     overwriting(parser)
 
@@ -55,6 +61,7 @@ def _run(args: argparse.Namespace) -> Answer:
             only=args.only,
             transposed=args.transposed,
             force=args.force,
+            check_base=args.check_base,
             told=results,
         )
     about = {

@@ -22,7 +22,6 @@ from lora_core._layers import (
     STATE,
     WEIGHT,
     Kind,
-    LoRAMixin,
     LoRAWeight,
     Slot,
     kind_for,
