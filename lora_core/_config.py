@@ -4,11 +4,12 @@ A setting is a field of `AdapterConfig`, with all that is known of it, and a lin
 type checkers. The keywords of `inject`, `rules`, reports, the file and the command line follow.
 """
 
+import difflib
 import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
@@ -176,6 +177,8 @@ class Setting(NamedTuple):
         form: What a report calls an adapter with it; "" for nothing.
         filed: Whether a file says it: "always", or "else", where it is not the default; "" for no.
         asked: Whether a user may ask for it; else it comes with files alone.
+        plain: Whether an adapter with it is still two factors and a number, at every call.
+        trains: Whether it acts in training alone, and other programs' files say nothing of it.
     """
 
     help: str
@@ -185,6 +188,8 @@ class Setting(NamedTuple):
     form: Callable[["AdapterConfig"], str] = lambda _: ""
     filed: str = "else"
     asked: bool = True
+    plain: bool = False
+    trains: bool = False
 
 
 def _setting(help: str, default: Any, *, given: bool = False, **more: Any) -> Any:  # noqa: A002
@@ -203,18 +208,23 @@ class AdapterConfig:
         Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023.
     """
 
-    rank: int = _setting("Inner dimension of the updates.", 4, given=True, filed="always")
+    rank: int = _setting(
+        "Inner dimension of the updates.", 4, given=True, filed="always", plain=True
+    )
     alpha: float = _setting(
         "Numerator of the scale, not 0; None means each layer's rank, a scale of 1.",
         None,
         given=True,
         filed="always",
+        plain=True,
     )
     dropout: float = _setting(
         "Probability of dropping an input element of the update while training.",
         0.0,
         given=True,
         check=check_dropout,
+        plain=True,
+        trains=True,
     )
     dtype: "torch.dtype" = _setting(  # noqa: RUF009  # it makes a field
         "Type of the factors; None means the weight's, but float32 at least.",
@@ -222,6 +232,7 @@ class AdapterConfig:
         given=True,
         check=check_dtype,
         filed="",
+        plain=True,
     )
     rslora: bool = _setting(
         "Whether the scale is alpha / sqrt(rank), so that a larger rank learns as fast; with alpha"
@@ -229,6 +240,7 @@ class AdapterConfig:
         False,
         check=check_flag,
         note=lambda c: "scale: alpha / sqrt(rank)" * c.rslora,
+        plain=True,
     )
     dora: bool = _setting(
         "Whether each row of the adapted weight gets a length of its own (DoRA).",
@@ -264,12 +276,14 @@ class AdapterConfig:
         0.0,
         check=check_dropout,
         note=lambda c: "dropout of whole ranks" * (c.rank_dropout > 0),
+        trains=True,
     )
     module_dropout: float = _setting(
         "Probability of leaving a layer's update out of a call while training.",
         0.0,
         check=check_dropout,
         note=lambda c: "dropout of whole layers" * (c.module_dropout > 0),
+        trains=True,
     )
     init: str = _setting(
         'How the first factors are made: "kaiming", "gaussian" or "orthogonal" for `lora_A` with'
@@ -280,6 +294,7 @@ class AdapterConfig:
         note=lambda c: _NOTES[c.starts_from],
         form=lambda c: "subtracted" * c.subtracted,
         filed="always",
+        plain=True,
     )
     read: bool = _setting(
         "Whether the weight itself reads as the sum, whoever reads it, where else the update stands"
@@ -287,6 +302,7 @@ class AdapterConfig:
         False,
         check=check_flag,
         form=lambda c: "read" * c.read,
+        plain=True,
     )
     reserve_rank: int | None = _setting(
         "Ranks to make room for, so that a file of another rank can be loaded into the adapter's"
@@ -294,6 +310,7 @@ class AdapterConfig:
         None,
         note=lambda c: "room for more ranks" * (c.room > c.rank),
         filed="",
+        plain=True,
     )
 
     @cached_property
@@ -339,7 +356,8 @@ class AdapterConfig:
     @cached_property
     def plain(self) -> bool:
         """Whether the update is two factors and a number, at every call."""
-        return len(self.parts) == 2 and not self.rank_dropout and not self.module_dropout
+        told = vars(self)
+        return len(self.parts) == 2 and not [k for k, v in _USUAL.items() if told[k] != v]
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -361,6 +379,7 @@ class AdapterConfig:
 
 
 SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(AdapterConfig)}
+_USUAL = {key: setting.default for key, setting in SETTINGS.items() if not setting.plain}
 DROPOUTS = tuple(key for key, setting in SETTINGS.items() if setting.check is check_dropout)
 ASKED = tuple(key for key, setting in SETTINGS.items() if setting.asked)
 
@@ -381,6 +400,24 @@ class Settings(TypedDict, total=False):
     reserve_rank: int | None
 
 
+_ALL = frozenset(ASKED)
+_BESIDE = ("targets", "exclude", "rules", "name", "freeze", "samples")  # keywords of `inject`
+
+
+def check_asked(given: Iterable[str]) -> None:
+    """Refuses settings that there are not.
+
+    Raises:
+        TypeError: If there is none of such a name.
+    """
+    if unknown := [key for key in given if key not in ASKED]:
+        close = difflib.get_close_matches(unknown[0], (*ASKED, *_BESIDE), n=1, cutoff=0.5)
+        raise TypeError(
+            f"{unknown[0]!r} must be a setting of an adapter, but is none. Use"
+            f" {', '.join(ASKED)}." + (f" Did you mean {close[0]!r}?" if close else "")
+        )
+
+
 def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an adapter, checked as far as that takes no layer; what is left out is default.
 
@@ -388,12 +425,8 @@ def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: If there is none of such a name.
         ConfigError: If one is out of range.
     """
-    unknown = [key for key in given if key not in ASKED]
-    if unknown:
-        known = ", ".join(ASKED)
-        raise TypeError(
-            f"{unknown[0]!r} must be a setting of an adapter, but is none. Use {known}."
-        )
+    if not given.keys() <= _ALL:
+        check_asked(given)
     checked = {}
     for key, setting in SETTINGS.items():
         value = given.get(key, setting.default)

@@ -894,15 +894,23 @@ def test_a_layer_whose_class_changed_since_is_not_ejected(net):
     assert not parameters_of(net)
 
 
-@pytest.mark.parametrize("word", ["r", "lora_alpha", "dora_in"])
-def test_a_keyword_that_is_no_setting_is_an_error_that_shows_those_there_are(net, word):
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        *(("r", ""), ("lora_alpha", "alpha"), ("dora_in", "dora"), ("target", "targets")),
+        ("target_modules", "targets"),
+    ],
+)
+def test_a_keyword_that_is_no_setting_is_an_error_that_shows_those_there_are(net, word, meant):
     message = (
         f"'{word}' must be a setting of an adapter, but is none. Use rank, alpha, dropout, dtype,"
         " rslora, dora, bias, tucker, rank_dropout, module_dropout, init, read, reserve_rank."
-    )
+    ) + (f" Did you mean {meant!r}?" if meant else "")
     for verb in (plan, inject):
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             verb(net, **{word: 4})
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            verb(nn.Sequential(nn.Linear(4, 4)), **{word: 4})  # before it looks for projections
 
 
 def test_help_tells_every_setting_with_its_default_and_its_meaning():

@@ -190,8 +190,9 @@ def _by_adapter(samples: Sequence[Sample]) -> dict[str, list[float]]:
     """A list of strengths for each adapter, from what each sample asks for."""
     if isinstance(samples, str | Mapping) or not isinstance(samples, Sequence) or not samples:
         raise ConfigError(
-            "`samples` must be a list with a name, a mapping of names to strengths, or None for"
-            f" each sample, but is {samples!r}."
+            "`scales` must be given strengths by name, or a list with a name, a mapping of names to"
+            f" strengths, or None for each sample, but got {samples!r}. Write"
+            " scales(model, style=0.5), or scales(model, **{'my-style': 0.5})."
         )
     mixes: list[Mapping[str, float]] = []
     for sample in samples:

@@ -41,7 +41,7 @@ Method = Literal["sum", "ties", "dare", "magnitude_prune"]
 
 def combine(
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    weights: Sequence[float] | None = None,
     rank: int | None = None,
     *,
     method: Method = "sum",
@@ -72,7 +72,7 @@ def combine(
 
     Args:
         adapters: Adapters of one model; layers that only some of them have are summed over those.
-        weights: A number for each; negative ones subtract.
+        weights: A number for each; negative ones subtract. None means 1 for each.
         rank: The highest rank of a layer; None keeps all.
         method: One of the names above.
         density: The share of entries that stays, in (0, 1]; for the methods other than "sum".
@@ -111,6 +111,8 @@ def combine(
         True
     """
     adapters = [check_adapter("adapters", adapter) for adapter in _several("adapters", adapters)]
+    if weights is None:
+        weights = [1.0] * len(adapters)
     weights = [check_finite("weights", weight) for weight in _several("weights", weights)]
     _check(adapters, weights, rank, method, density)
     limit = None if rank is None else check_limit(rank)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from lora_core._errors import ConfigError, CorruptFileError, MismatchError, listed
 from lora_core._files.fingerprint import differing
@@ -26,7 +28,7 @@ def as_models(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module
         ConfigError: If it is neither.
     """
     if isinstance(model, nn.Module):
-        return {"": model}
+        return {"": unwrapped(model)}
     if not isinstance(model, Mapping) or not model:
         raise ConfigError(
             "`model` must be an nn.Module, or modules by part as in {'unet': unet}, but is"
@@ -38,7 +40,20 @@ def as_models(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module
             "`model` must map parts of a pipeline to modules, as in {'unet': unet}, but holds"
             f" {', '.join(odd)}."
         )
-    return dict(model)
+    parts = dict(model)
+    for name, part in model.items():
+        parts[name] = unwrapped(part)
+    return parts
+
+
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in what replicates or averages it, which puts ``module.`` before every name."""
+    while isinstance(model, _WRAPPERS):
+        model = model.module
+    return model
 
 
 def _is_part(name: object, model: object) -> bool:

@@ -139,6 +139,11 @@ def _check_instructions(path: Path, data: bytes, many: int = 1) -> None:
         for _ in range(many):
             instructions.check(stream)
     except ValueError as error:
+        if str(error).startswith("it calls for"):
+            raise UnsupportedFileError(
+                f"{str(path)!r} must be a pickle of tensors alone, but holds other objects:"
+                f" {shown(error)}. Have its owner save a state dict, as safetensors."
+            ) from None
         _refuse(path, f"it can't be read ({shown(error)})")
 
 

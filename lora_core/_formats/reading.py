@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from lora_core._config import RESERVED
 from lora_core._errors import CorruptFileError, UnsupportedFileError, listed
 from lora_core._formats import container, diffusers, loralib, minlora, native
 from lora_core._formats.alphas import Alphas, Source
@@ -232,4 +233,5 @@ def _name(path: Path) -> str:
     """A name for an adapter whose file holds none: the file's own, or its folder's."""
     general = path.stem in ("adapter_model", "pytorch_lora_weights", "pytorch_lora_weights_bin")
     stem = path.resolve().parent.name if general else path.stem
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:64] or "default"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:63] or "default"
+    return f"{name}_" if name in RESERVED else name

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from lora_core._config import PARTS
 from lora_core._errors import UnsupportedFileError, listed
 
 # factor keys, never alpha or dora_scale: those belong to all
@@ -37,6 +38,8 @@ _EMBEDDING = re.compile(
 _CHECKPOINT = re.compile(
     r"(?:model\.diffusion_model|first_stage_model|cond_stage_model|conditioner|state_dict)\..+"
 )
+# how the parameters of an adapter are called on a model
+_OURS = re.compile(rf"(?:.*\.)?(?:{'|'.join(PARTS)})_[A-Za-z0-9_-]+")
 _WEIGHT = re.compile(r"(?:.*\.)?(?:weight|bias|original\d*|running_mean|running_var)")
 
 
@@ -103,6 +106,13 @@ def refuse(
         raise UnsupportedFileError(
             f"{where!r} must hold LoRA, but holds embeddings of textual inversion:"
             f" {listed(embeddings)}. Load them into the tokenizer and the text encoder."
+        )
+    ours = [key for key in others if _OURS.fullmatch(key)]
+    if ours:
+        raise UnsupportedFileError(
+            f"{where!r} must hold an adapter, but holds the state dict of an adapted model, with"
+            f" keys as {ours[0]!a}. Inject what it was trained with, then"
+            " `model.load_state_dict(...)`; `save` writes files that `load` reads."
         )
     refuse_checkpoint(where, others)
     if others and all(_WEIGHT.fullmatch(key) for key in others):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_core._config import AdapterConfig, check_flag
+from lora_core._config import SETTINGS, AdapterConfig, check_flag
 from lora_core._errors import ConfigError, listed
 from lora_core._formats import (
     container,
@@ -124,6 +124,11 @@ def write(
         container.write(path, files[""])
         return found
     folder = Path(os.fsdecode(path))
+    if folder.suffix == ".safetensors":
+        raise ConfigError(
+            f"`path` must be a folder for the two files of format={format!r}, but"
+            f" {str(folder)!r} is named as a file. Name a folder, or choose a format of one file."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name in files:
         there = folder / name
@@ -175,5 +180,9 @@ def _gain(config: AdapterConfig) -> float:
 
 
 def _drops(config: AdapterConfig, settings: Mapping[str, Any] | None) -> bool:
-    kept = config.dropout if settings is None else config.dropout - settings["lora_dropout"]
-    return bool(kept or config.rank_dropout or config.module_dropout)
+    kept = 0.0 if settings is None else settings["lora_dropout"]
+    return config.dropout != kept or any(
+        getattr(config, key) != setting.default
+        for key, setting in SETTINGS.items()
+        if setting.trains and key != "dropout"
+    )

@@ -111,13 +111,14 @@ def draw_up(
 ) -> tuple[Report, list[Candidate], list[nn.Module]]:
     """The report of `plan`, the layers it speaks of in the same order, and all modules."""
     check_name(name)
+    general = checked_settings(settings)  # before patterns: a slip here may be all that is wrong
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be an nn.Module, but is {type(model).__name__}.")
     candidates = walk(model)
     chosen, left_out, asked = choose(candidates, targets, exclude)
     modules = modules_of(candidates)
     why = reasons(modules, chosen) | dict.fromkeys(asked, ASKED_FOR)
-    configs = _configure(chosen, settings, rules, why)
+    configs = _configure(chosen, settings, general, rules, why)
     report = describe(candidates, name, chosen, configs, left_out, freeze=freeze, why=why)
     return report, chosen, modules
 
@@ -287,10 +288,19 @@ def _refuse_overlap(candidates: Sequence[Candidate], chosen: Sequence[Candidate]
 def _configure(
     chosen: Sequence[Candidate],
     settings: Mapping[str, Any],
+    general: Mapping[str, Any],
     rules: Mapping[str, Mapping[str, Any]],
     why: Mapping[str, str],
 ) -> list[AdapterConfig]:
-    """The settings of each layer; those that are read are so for a reason, or by a setting."""
+    """The settings of each layer.
+
+    Args:
+        chosen: The layers.
+        settings: What the user gave.
+        general: The same, checked and whole.
+        rules: What else holds, by pattern.
+        why: Why a weight reads as the sum, by layer.
+    """
     if not isinstance(rules, Mapping):
         raise ConfigError(f"`rules` must map patterns to settings, but is {rules!r}.")
     for pattern, overrides in rules.items():
@@ -307,7 +317,7 @@ def _configure(
             )
         if not any(matches(pattern, c) for c in chosen):
             raise no_rule_match(pattern, chosen)
-    configs, general = [], checked_settings(settings)
+    configs = []
     known: dict[object, AdapterConfig] = {}
     equal: dict[AdapterConfig, AdapterConfig] = {}  # one object for all layers that are alike
     for c in chosen:

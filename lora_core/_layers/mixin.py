@@ -215,6 +215,7 @@ def inputs_of(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         bound = inspect.signature(layer.lora_host_class.forward).bind(layer, *args, **kwargs)
     except TypeError:  # the host itself says what is wrong, or a forward of any keywords is right
         return (*args, *kwargs.values())
+    bound.apply_defaults()  # or what is given by keyword after one that is left out would be lost
     _, *given = bound.args
     return tuple(given) or tuple(kwargs.values())
 

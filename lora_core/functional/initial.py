@@ -84,7 +84,8 @@ def initial_factors(
         with torch.autocast(wide.device.type, enabled=False):
             if init == "olora":
                 return _leading_qr(wide, rank)
-            return _principal(wide, rank, scale, generator)
+            if init == "pissa":
+                return _principal(wide, rank, scale, generator)
     lora_B = torch.zeros(out, rank, dtype=torch.float32, device="cpu")
     if init == "eva":
         return _directions(covariance, rank, width), lora_B
@@ -95,9 +96,11 @@ def initial_factors(
     normal = torch.randn(rank, width, dtype=torch.float32, device="cpu", generator=generator)
     if init == "gaussian":
         return normal / rank, lora_B
-    # in float64, so that another library's rounding decides no bit of the result
-    Q, R = torch.linalg.qr(normal.double().T)
-    return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).T.float().contiguous(), lora_B
+    if init == "orthogonal":
+        # in float64, so that another library's rounding decides no bit of the result
+        Q, R = torch.linalg.qr(normal.double().T)
+        return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).T.float().contiguous(), lora_B
+    raise ValueError(f"`init` must have a branch in `initial_factors`, but {init!r} has none.")
 
 
 def subtracted(

@@ -59,7 +59,8 @@ def check_lora(
 
     Raises:
         LawError: If a law does not hold; an AssertionError that names the law and the layer.
-        ConfigError: If the model has an adapter already, or isn't finite without one.
+        ConfigError: If the model has an adapter already, or without one isn't finite or doesn't
+            give the same twice.
         LoRAError: If a verb refuses this model, as `merge` does where a weight is parametrized.
 
     Example:
@@ -84,7 +85,13 @@ def check_lora(
         before, bare = _Picture(model), copy.deepcopy(model)
         with torch.no_grad(), _buffers_kept(model):
             plain = run(model)
+            twice = run(model)
         _refuse_not_finite(model, plain)
+        if not _same(plain, twice):
+            raise ConfigError(
+                "`model` must give the same twice for the laws to be checked, but does not in"
+                " evaluation mode. Give it a fixed seed or state."
+            )
         report = inject(model, **inject_options)
         try:
             names = {layer.name for layer in report.layers}
