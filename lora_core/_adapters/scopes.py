@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from lora_core._adapters.names import layers_with, without_base
@@ -23,6 +22,7 @@ from lora_core._layers import (
     select,
     state_of,
 )
+from lora_core.kernels.norms import sum_dtype
 
 
 class _Found(NamedTuple):
@@ -119,7 +119,7 @@ def _restored(layer: LoRAMixin, found: State, now: Selection) -> Selection:
     here = {n for n, slot in state.slots.items() if found.slots.get(n) is slot}
     new = {name: s for name, s in zip(now.names, now.strengths, strict=True) if name not in here}
     weight = peek(layer)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = sum_dtype(weight.dtype)
     gains = [cast(Tensor, term.gain) for term in found.selection.bank]
     fit = all((gain.device, gain.dtype) == (weight.device, wide) for gain in gains)
     if not new and fit and found.configs is state.configs:

@@ -10,6 +10,7 @@ from lora_core._errors import ConfigError, TargetError, listed
 from lora_core._injection.candidates import Candidate
 from lora_core._layers import kind_of
 from lora_core._reports import Report
+from lora_core.kernels.norms import sum_dtype
 
 
 def sampled(
@@ -46,7 +47,7 @@ def sampled(
         def note(layer: nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             rows = kind_of(layer).rows(layer, x.detach())
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            rows = rows.to(sum_dtype(rows.dtype))
             with torch.autocast(rows.device.type, enabled=False):
                 seen = rows.T @ rows
             found[name] = found[name] + seen if name in found else seen

@@ -85,6 +85,9 @@ def choose(
         chosen = {c.name for c in adaptable if c.name in projections and not c.problem}
         reason = "no attention projection"
         if not chosen:
+            blocked = [c for c in adaptable if c.name in projections]
+            if blocked:
+                raise _unadaptable(blocked, "is an attention projection")
             raise _no_attention(adaptable, unseen)
         asked: set[str] = set()
     else:
@@ -112,11 +115,13 @@ def choose(
     return [c for c in adaptable if c.name in chosen], left_out, read
 
 
-def _unadaptable(hazards: Sequence[Candidate]) -> UnsupportedLayerError:
+def _unadaptable(
+    hazards: Sequence[Candidate], chosen: str = "`targets` names"
+) -> UnsupportedLayerError:
     return UnsupportedLayerError(
-        f"Every layer that `targets` names must be adaptable, but {hazards[0].name!r}"
+        f"Every layer that {chosen} must be adaptable, but {hazards[0].name!r}"
         f" ({type(hazards[0].owners[0]).__name__}) {hazards[0].problem}"
-        + (f" So are {len(hazards) - 1} more." if len(hazards) > 1 else "")
+        + (f" The same holds for {len(hazards) - 1} more." if len(hazards) > 1 else "")
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_core import functional
+from lora_core.kernels.norms import sum_dtype
 
 _DIRECTION = ("lora_A", "lora_B", "lora_mid", "lora_A0", "lora_B0")  # what an update is made from
 _ENOUGH = 2**15  # numbers that are compared in microseconds: a usual factor, or rows of a weight
@@ -84,7 +85,7 @@ def column_norm_of(
 
     def norms() -> Tensor:
         weight = make()
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight.to(sum_dtype(weight.dtype))
         found: Tensor = torch.linalg.vector_norm(wide, dim=[d for d in range(wide.ndim) if d != 1])
         return found
 

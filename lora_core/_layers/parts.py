@@ -14,6 +14,7 @@ from lora_core._config import PARTS, AdapterConfig
 from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.kind import Kind, Shape, own_weight, peek
 from lora_core._layers.lengths import length_of
+from lora_core.kernels.norms import sum_dtype
 
 
 def factors_of(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -128,7 +129,7 @@ def wide_dtype(weight: Tensor) -> torch.dtype:
     """The type of an adapter over a weight: its own, but float32 at least."""
     if not weight.is_floating_point():  # quantised
         return torch.float32
-    return torch.promote_types(weight.dtype, torch.float32)
+    return sum_dtype(weight.dtype)
 
 
 @contextmanager

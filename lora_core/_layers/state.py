@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_core._config import AdapterConfig, Recipe
 from lora_core._errors import ConfigError
 from lora_core._layers.kind import Update, peek
+from lora_core.kernels.norms import sum_dtype
 
 # attribute of a module: adapter -> parameters that it keeps frozen, and whether each trained before
 FROZEN = "lora_frozen"
@@ -324,7 +325,7 @@ def select(
     state: State = layer.lora_state
     configs = state.configs if configs is None else configs
     weight = peek(layer)
-    device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+    device, dtype = weight.device, sum_dtype(weight.dtype)
     known = _known(state, configs, device, dtype) if state.selection.bank else {}
     bank = []
     for name, config in configs.items():

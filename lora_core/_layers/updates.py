@@ -14,6 +14,7 @@ from lora_core._layers.kind import Kind, Update, own_weight
 from lora_core._layers.lengths import column_norm_of, length_of, norm_of
 from lora_core._layers.parts import factors_of, trained_parts
 from lora_core._layers.state import Order, State, Term, is_per_sample
+from lora_core.kernels.norms import sum_dtype
 
 
 class Active(NamedTuple):
@@ -132,7 +133,7 @@ def _wide(layer: Any) -> Active:
     selection = layer.lora_state.selection
     exact = {term.name: term for term in selection.bank}  # gains are tensors
     terms = [exact[name] for name in selection.names]
-    wide = torch.promote_types(own_weight(layer).dtype, torch.float32)
+    wide = sum_dtype(own_weight(layer).dtype)
     with torch.no_grad():
         (update,), stretch, bias, columns = _collect(layer, terms, None, training=False)
     lora_A, lora_B = (f.detach().to(wide) for f in update[:2])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_core.kernels.norms import without_autocast
+from lora_core.kernels.norms import sum_dtype, without_autocast
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -15,7 +15,7 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, gain: Tensor | float = 1.0) -> Te
         - lora_A: ``(..., R, in)``; lora_B: ``(..., out, R)``; gain: a scalar or ``(R,)``
         - Output: ``(..., out, in)``
     """
-    dtype = torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)
+    dtype = sum_dtype(lora_A.dtype, lora_B.dtype)
     return (lora_B.to(dtype) * gain) @ lora_A.to(dtype)
 
 
@@ -46,7 +46,7 @@ def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
     Shape:
         - weight, delta, Output: all alike
     """
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
+    dtype = sum_dtype(weight.dtype, delta.dtype)
     return (weight.to(dtype) + delta.to(dtype)).to(weight.dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_core._config import STARTS
+from lora_core.kernels.norms import sum_dtype
 
 _ANY_RANK = ("kaiming", "gaussian")  # draws each entry by itself
 _EXACT = 2048  # a larger matrix takes minutes to decompose whole
@@ -80,7 +81,7 @@ def initial_factors(
                 f"`weight` must have values where `init` is {init!r}, but is a shape alone. Load"
                 " the model first."
             )
-        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight.detach().to(sum_dtype(weight.dtype))
         with torch.autocast(wide.device.type, enabled=False):
             if init == "olora":
                 return _leading_qr(wide, rank)

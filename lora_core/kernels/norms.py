@@ -8,6 +8,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _CANCELLED = 0.4
 
 
+def sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """What numbers of these types are added up in: float64 if one of them is that, else float32.
+
+    Types of 8 bits too, of which torch itself promotes none.
+    """
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def row_norms(
     weight: Tensor,
     lora_A: Tensor,
@@ -20,7 +28,7 @@ def row_norms(
     Shape:
         As for `functional.dora_norm`.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = sum_dtype(weight.dtype)
     with without_autocast(weight):
         W, A, B = weight.to(dtype), lora_A.to(dtype), (lora_B.to(dtype) * gain).to(dtype)
         if _is_traced(weight):

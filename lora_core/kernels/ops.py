@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_core.kernels.forms import TRITON
 from lora_core.kernels.linear import forward, gradients
-from lora_core.kernels.norms import row_norms
+from lora_core.kernels.norms import row_norms, sum_dtype
 
 torch.library.define(
     "lora_core::linear",
@@ -283,5 +283,5 @@ def _one_per_row(
     gain: Tensor,  # noqa: ARG001
     squared: Tensor | None,  # noqa: ARG001
 ) -> Tensor:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = sum_dtype(weight.dtype)
     return weight.new_empty(weight.shape[0], dtype=dtype)

@@ -79,3 +79,15 @@ def test_autocast_gives_what_the_host_gives_and_float32_gradients(kind):
         assert p.grad.dtype is torch.float32
         assert p.grad.abs().max() > 0
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_a_host_in_8_bits_keeps_its_adapter_whole_and_comes_back(kind):
+    model = kind.adapted()
+    before = {n: t for n, t in bits(model).items() if n in adapter_keys(model)}
+    model.to(torch.float8_e4m3fn)
+    stored = {n: p.dtype for n, p in model.named_parameters()}
+    assert {d for n, d in stored.items() if n not in before} == {torch.float8_e4m3fn}
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
+    model.float()
+    assert moves(model, kind.sample())
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
