@@ -25,11 +25,13 @@ class _Known:
     is given to no other meanwhile.
     """
 
-    def __init__(self, sources: Sequence[Tensor], gain: float, value: Tensor) -> None:
+    value: Tensor
+
+    def __init__(self, sources: Sequence[Tensor], gain: float) -> None:
         self._memory = [StorageWeakRef(t.untyped_storage()) for t in sources]  # type: ignore[no-untyped-call]
         self._states = [_state(t) for t in sources]
         self._numbers = [_some(t).clone() for t in sources]
-        self._gain, self.value = gain, value
+        self._gain = gain
 
     def holds(self, sources: Sequence[Tensor], gain: float) -> bool:
         if gain != self._gain or self._states != [_state(t) for t in sources]:
@@ -136,11 +138,16 @@ def _known(
             return make().detach()
     held = _KNOWN.setdefault(layer, {})
     found = held.get(what)
-    if found is None or not found.holds(sources, gain):
-        # made in inference mode it could not be trained with
-        with torch.inference_mode(mode=False), torch.no_grad():
-            found = held[what] = _Known(sources, gain, make().detach())
-    return found.value
+    if found is not None and found.holds(sources, gain):
+        return found.value
+    # made in inference mode it could not be trained with
+    with torch.inference_mode(mode=False), torch.no_grad():
+        made = _Known(sources, gain)
+        made.value = make().detach()
+    # another thread may have changed a tensor meanwhile: then nobody knows what it is of
+    if made.holds(sources, gain):
+        held[what] = made
+    return made.value
 
 
 def _is_watched(p: Tensor | None) -> TypeGuard[Tensor]:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import lora_core
-from lora_core import parameters, scales
+from lora_core import functional, parameters, scales
+from lora_core._layers import kind
 from tests.laws.zoo import Conv1D, Model, indices, pictures, vectors
 
 
@@ -182,3 +183,25 @@ def test_a_sharded_layer_learns_as_a_whole_one_does():
             assert_close(*outputs)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_lengths_that_another_thread_changed_meanwhile_are_not_remembered(monkeypatch):
+    model = nn.Sequential(nn.Linear(6, 6))
+    lora_core.inject(model, targets="0", rank=2, dora=True)
+    lora_core.parameters(model)[1].data.normal_()
+    x, layer = torch.randn(3, 6), model[0]
+    expected = model(x)
+    norm, own, other = functional.dora_norm, layer.weight.data, 3 * layer.weight.data
+
+    def amid_a_change(*args):
+        """The lengths of another weight, which has gone when they are there, as after `unmerge`."""
+        kind.swap(layer.weight, other)
+        found = norm(*args)
+        kind.swap(layer.weight, own)
+        return found
+
+    kind.swap(layer.weight, own.clone())  # what is remembered holds no more
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "dora_norm", amid_a_change)
+        model(x)
+    assert torch.equal(model(x), expected)
