@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_core
-from lora_core import ConfigError, TargetError, inject, plan
+from lora_core import ConfigError, TargetError, UnsupportedLayerError, inject, plan
 from lora_core._injection.code import weights_read
 
 
@@ -434,3 +434,40 @@ def test_no_weight_answers_to_a_name_that_is_no_layers() -> None:
         TargetError, match="^`targets` must match a layer, but 'convd.weight' match"
     ):
         plan(Mixer(), targets="convd.weight")
+
+
+class Tied(nn.Module):
+    """Has a table under a second name, which no forward calls, as T5 has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(9, 4)
+        self.inner = nn.ModuleDict({"table": nn.Embedding(9, 4)})
+        self.inner["table"].weight = self.shared.weight
+
+    def first(self) -> nn.Module:
+        return self.shared
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner["table"](ids)
+
+
+class Reached(Tied):
+    """Calls the second name by way of a method."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner["table"](ids) + self.first()(ids)
+
+
+def test_a_second_name_that_is_never_called_is_refused_with_the_one_that_is() -> None:
+    model = Tied()
+    said = (
+        "Every layer that `targets` names must be adaptable, but 'shared' (Embedding) is never"
+        " called, and only lends its weight to 'inner.table'. Name that one instead, or exclude"
+        " this one."
+    )
+    with pytest.raises(UnsupportedLayerError, match=f"^{re.escape(said)}$"):
+        inject(model, targets="shared", rank=1)
+    assert not lora_core.summary(model).adapters
+    assert [layer.name for layer in plan(model, targets="table", rank=1).layers] == ["inner.table"]
+    assert len(plan(Reached(), targets=nn.Embedding, rank=1).layers) == 2

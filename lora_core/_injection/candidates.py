@@ -111,34 +111,39 @@ def walk(model: nn.Module) -> list[Candidate]:
                 labelled = tuple(f"{name}.{slot.label}".lstrip(".") for name in names)
                 raw = _is_raw(module, slot.label)
                 found.append(Candidate(labelled, slot, WEIGHT, why_not(slot), (module,), raw))
-    uncalled = _uncalled(found)
-    return [replace(c, problem=uncalled[c.name]) if c.name in uncalled else c for c in found]
+    for i, problem in _uncalled(found).items():
+        found[i] = replace(found[i], problem=problem)
+    return found
 
 
-def _uncalled(found: Sequence[Candidate]) -> dict[str, str]:
-    """The layers that are a weight's second name and are never called, and what to name instead.
+def _uncalled(found: Sequence[Candidate]) -> dict[int, str]:
+    """Which are a weight's second name and never called, and what to name instead.
 
     That a layer is called is seen by its name in the code of the model's classes.
     """
-    sharing: dict[int, list[Candidate]] = {}
-    for c in found:
+    sharing: dict[int, list[int]] = {}
+    many = False
+    for i, c in enumerate(found):
         if isinstance(c.module, nn.Module) and c.adaptable and not (c.problem or c.raw):
             own = c.module._parameters.get("weight")
             if own is not None:
-                sharing.setdefault(id(own), []).append(c)
-    shared = [group for group in sharing.values() if len(group) > 1]
-    if not shared:
+                group = sharing.setdefault(id(own), [])
+                group.append(i)
+                many = many or len(group) > 1
+    if not many:
         return {}
     modules: dict[str, Any] = {name: c.module for c in found for name in c.names}
     used = set[str]().union(*(names_used(type(m)) for m in modules_of(found)))  # type: ignore[arg-type]
     problems = {}
-    for group in shared:
-        called = [c for c in group if any(_is_called(name, modules, used) for name in c.names)]
-        for c in group if called else ():
-            if c not in called:
-                problems[c.name] = (
-                    f"is never called, and only lends its weight to {called[0].name!r}. Name that"
-                    " one instead, or exclude this one."
+    for group in sharing.values():
+        called = [
+            i for i in group if any(_is_called(name, modules, used) for name in found[i].names)
+        ]
+        for i in group if called else ():
+            if i not in called:
+                problems[i] = (
+                    f"is never called, and only lends its weight to {found[called[0]].name!r}. Name"
+                    " that one instead, or exclude this one."
                 )
     return problems
 

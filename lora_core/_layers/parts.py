@@ -14,7 +14,6 @@ from lora_core._config import PARTS, AdapterConfig
 from lora_core._errors import UnsupportedLayerError
 from lora_core._layers.kind import Kind, Shape, own_weight, peek
 from lora_core._layers.lengths import length_of
-from lora_core.kernels.norms import sum_dtype
 
 
 def factors_of(layer: Any, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -127,9 +126,7 @@ def _is_fresh(layer: Any, name: str) -> bool:
 
 def wide_dtype(weight: Tensor) -> torch.dtype:
     """The type of an adapter over a weight: its own, but float32 at least."""
-    if not weight.is_floating_point():  # quantised
-        return torch.float32
-    return sum_dtype(weight.dtype)
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lora_core._config import AdapterConfig, Recipe
 from lora_core._errors import ConfigError
 from lora_core._layers.kind import Update, peek
-from lora_core.kernels.norms import sum_dtype
 
 # attribute of a module: adapter -> parameters that it keeps frozen, and whether each trained before
 FROZEN = "lora_frozen"
@@ -325,7 +324,9 @@ def select(
     state: State = layer.lora_state
     configs = state.configs if configs is None else configs
     weight = peek(layer)
-    device, dtype = weight.device, sum_dtype(weight.dtype)
+    device = weight.device
+    # what sums are made in, without a call for each layer
+    dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     known = _known(state, configs, device, dtype) if state.selection.bank else {}
     bank = []
     for name, config in configs.items():

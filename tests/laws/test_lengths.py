@@ -190,6 +190,7 @@ def test_lengths_that_another_thread_changed_meanwhile_are_not_remembered(monkey
     lora_core.inject(model, targets="0", rank=2, dora=True)
     lora_core.parameters(model)[1].data.normal_()
     x, layer = torch.randn(3, 6), model[0]
+    scales(model, default=0.5)  # where the lengths of the bare weight count
     expected = model(x)
     norm, own, other = functional.dora_norm, layer.weight.data, 3 * layer.weight.data
 
