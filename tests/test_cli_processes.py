@@ -200,7 +200,7 @@ def bash(*words: str) -> set[str]:
             {"lora_core", "kohya", "lycoris", "peft", "diffusers"},
         ),
         (("lora-core", "completion", ""), {"bash", "zsh", "fish"}),
-        (("lora-core", "merge", "--no"), {"--no-transposed"}),
+        (("lora-core", "merge", "--no-t"), {"--no-transposed"}),
     ],
 )
 def test_a_real_bash_completes(words: tuple[str, ...], found: set[str]) -> None:

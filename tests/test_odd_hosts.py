@@ -1166,7 +1166,8 @@ def test_a_factor_of_another_shape_is_not_saved(tmp_path):
     model[0].lora_B_default = nn.Parameter(torch.randn(6, 3))
     said = (
         "An adapter must have the shapes of its settings to be saved, but has '0.lora_B (6, 3)"
-        " (rank 2 has (6, 2))'. Inject one of that rank instead of replacing tensors."
+        " (rank 2 has (6, 2))'. Resize a layer before it is adapted, and inject a rank instead of"
+        " replacing tensors."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
         lora_core.save(model, tmp_path / "a.safetensors")

@@ -110,7 +110,7 @@ KILLS = """
     else:
         cases = [Path("tests/data/golden/peft") / name for name in ("linear", "patterns_rslora")]
         puts = [lambda p, a=read(c): write(a, p, "peft") for c in cases]
-    target = folder / "there" / "style.safetensors"
+    target = folder / "there" / "style"
     target.parent.mkdir()
     (folder / "apart").mkdir()
 
@@ -162,8 +162,8 @@ def test_a_kill_while_saving_leaves_the_old_the_new_or_nothing_that_reads(
     assert told["last"]
     # what a kill left, the next save has swept
     names = ["adapter_config.json", "adapter_model.safetensors"]
-    whole = [f"style.safetensors/{name}" for name in names]
-    assert told["files"] == (["style.safetensors"] if kind == "file" else whole)
+    whole = [f"style/{name}" for name in names]
+    assert told["files"] == (["style"] if kind == "file" else whole)
     if temporary == "nameless" and hasattr(os, "O_TMPFILE"):
         assert told["left"] <= 12  # only in the instant between naming and renaming
 

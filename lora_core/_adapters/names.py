@@ -62,6 +62,28 @@ def layers_with(model: nn.Module, name: str | None) -> dict[str, LoRAMixin]:
     return found
 
 
+def gone(layers: Mapping[str, LoRAMixin], name: str | None = None) -> list[str]:
+    """The layers that an adapter was put on and that are no more, replaced by others perhaps.
+
+    Args:
+        layers: Those that it is on.
+        name: The adapter; None means all.
+    """
+    found: list[str] = []
+    seen: set[object] = set()
+    last = None
+    for layer in layers.values():
+        slots = layer.lora_state.slots
+        if slots is last:  # as that of most layers is
+            continue
+        last = slots
+        for adapter, members in slots.items():
+            if members not in seen and name in (None, adapter):
+                seen.add(members)
+                found += members.gone(layers)
+    return found
+
+
 def check_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
     """Refuses names that are no adapter of the model; `what` is the function that got them."""
     unknown = [name for name in names if name not in known]
@@ -139,6 +161,7 @@ def summary(model: nn.Module) -> Summary:
                     for state in (m.lora_state.merged for m in mine.values())
                 ),
                 idle=tuple(idle(mine, name)),
+                gone=tuple(gone(mine, name)),
             )
         )
     everything = list(model.parameters())

@@ -246,4 +246,4 @@ def _graft(
             )
             for part, p in reserved_parts(kind, config, layer.parts).items()
         }
-        return Graft(candidate.module, config, parts)
+        return Graft(candidate.module, config, parts, candidate.name)

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_core._adapters import adapter_names, layers_with, without_base
+from lora_core._adapters import (
+    adapter_names,
+    clean,
+    gone,
+    layers_with,
+    parameters,
+    without_base,
+)
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
 from lora_core._files.offload import at_hand, is_offloaded
@@ -30,13 +37,15 @@ def save(
     fold: bool = False,
     base: str | None = None,
     spelling: str | None = None,
+    strict: bool | None = None,
 ) -> SaveReport:
     """Writes one adapter of `model` to a file.
 
     Atomic, and byte for byte the same for the same adapter, merged or not. Strengths set by
     `scales` are not part of an adapter and are not saved; rank, alpha, dropout and `rslora` are.
     Whatever a format has no place for is refused, never dropped. The receipt names the layers on
-    which the adapter is as it began, and adds nothing.
+    which the adapter is as it began, and adds nothing, and what else of the model trains, as a head
+    that was let train: it is not in the file.
 
     Args:
         model: A model with adapters, or the models of a pipeline by the part that each is, as in
@@ -55,9 +64,12 @@ def save(
         base: For kohya's metadata and names: "sd_v1", "sd_v2", "sd_v2_v" or "sdxl_base_v1-0"; None
             tells it by the modules.
         spelling: How kohya's keys spell a UNet: "diffusers", "ldm", or None for the usual one.
+        strict: True to refuse where something else trains too; False to save what is left of an
+            adapter whose layers were replaced, which is refused else.
 
     Raises:
-        AdapterError: If there is no such adapter, or several and none named.
+        AdapterError: If there is no such adapter, or several and none named, or layers that it was
+            put on are gone.
         ConfigError: If `metadata` is not made of strings or uses a reserved key, a factor is not
             finite, or the format can't hold the adapter.
         MergeError: If the base weights are gone (``merge(..., reversible=False)``).
@@ -72,7 +84,14 @@ def save(
         16
     """
     path = os.fsdecode(path)
-    found = adapter_of(model, name, plain=plain)
+    models = as_models(model)
+    found, lost = _adapter_of(models, name, plain=plain, strict=strict is not False)
+    others = _beside(whole(models), found.name)
+    if others and strict:
+        raise ConfigError(
+            f"All that trains must be in the file where `strict` is True, but {listed(others)}"
+            " trains too. Freeze it, or save it with the model's own state dict."
+        )
     if format in OF_PEFT:
         _check_geometry(model, found.name, format)
     written = write(found, path, format, fold=fold, base=base, metadata=metadata, spelling=spelling)
@@ -80,11 +99,13 @@ def save(
     folder = written.config is not None
     files = [Path(path, n) for n in (WEIGHTS[0], CONFIG)] if folder else [Path(path)]
     nbytes = sum(file.stat().st_size for file in files)
-    layers, notes, asleep = tuple(found.layers), list(written.notes), []
+    layers, notes, asleep = tuple(found.layers), [*written.notes, *lost], []
+    if others:
+        notes.append(f"not in the file, though it trains: {listed(others)}")
     ups = {n: layer.parts["lora_B"] for n, layer in found.layers.items()}
     moved = any(layer.settings.subtracted for layer in found.layers.values())
     if moved or zeros(ups):  # mostly nothing is, and a walk takes as long as all the rest
-        asleep = idle(layers_with(whole(as_models(model)), found.name), found.name)
+        asleep = idle(layers_with(whole(models), found.name), found.name)
     if asleep:
         notes.append(idleness(found.name, layers, asleep))
     return SaveReport(path, found.name, layers, numbers, nbytes, tuple(notes))
@@ -112,7 +133,28 @@ def adapter_of(
         >>> adapter_of(LoRALinear(nn.Linear(3, 5), rank=2)).name
         'default'
     """
-    models = as_models(model)
+    return _adapter_of(as_models(model), name, plain=plain)[0]
+
+
+def _beside(host: nn.Module, name: str) -> list[str]:
+    """The parameters that train and are of no adapter."""
+    factors = {
+        id(p)
+        for layer in layers_with(host, name).values()
+        for adapter in layer.lora_state.configs
+        for p in parts_of(layer, adapter).values()
+    }
+    every = [(n, p) for n, p in host.named_parameters() if p.requires_grad and id(p) not in factors]
+    if not every:
+        return []
+    mine = {id(p) for p in parameters(host)}
+    return [clean(n) for n, p in every if id(p) not in mine]
+
+
+def _adapter_of(
+    models: Mapping[str, nn.Module], name: str | None, *, plain: bool, strict: bool = True
+) -> tuple[Adapter, list[str]]:
+    """The adapter, and what of it is gone, in a sentence, where that is no error."""
     host = whole(models)
     layers = layers_with(host, name)
     if name is None:
@@ -122,10 +164,17 @@ def adapter_of(
                 f"`name` must say which adapter to save, but the model has {listed(known)}."
             )
         name = known[0]
-    gone = without_base(layers)
-    if gone:
+    lost = gone(layers, name)
+    if lost and strict:
+        raise AdapterError(
+            f"An adapter must be on every layer that it was put on to be saved, but {listed(lost)}"
+            f" of {name!r} is gone or was replaced, and its factors with it. Resize or replace"
+            " layers before `inject`; `save(..., strict=False)` saves the rest."
+        )
+    bare = without_base(layers)
+    if bare:
         raise MergeError(
-            f"An adapter must be saved with its base at hand, but {listed(gone)} was merged with"
+            f"An adapter must be saved with its base at hand, but {listed(bare)} was merged with"
             " reversible=False. Save before such a merge."
         )
     held = _held(layers, name)
@@ -156,7 +205,8 @@ def adapter_of(
         )
         if plain and found[n].settings.subtracted:
             found[n] = without_first(found[n])
-    return Adapter(name, found, fingerprint(layers))
+    notes = [f"gone or replaced, and so not in the file: {listed(lost)}"] if lost else []
+    return Adapter(name, found, fingerprint(layers)), notes
 
 
 def _check_geometry(
@@ -192,7 +242,7 @@ def _held(layers: Mapping[str, LoRAMixin], name: str) -> dict[str, Mapping[str, 
     if odd:
         raise ConfigError(
             f"An adapter must have the shapes of its settings to be saved, but has {listed(odd)}."
-            " Inject one of that rank instead of replacing tensors."
+            " Resize a layer before it is adapted, and inject a rank instead of replacing tensors."
         )
     for n, layer in layers.items():
         config = layer.lora_state.configs[name]

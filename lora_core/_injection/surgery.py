@@ -20,6 +20,7 @@ from lora_core._layers import (
     FROZEN,
     LoRAMixin,
     LoRAWeight,
+    Members,
     Slot,
     Strength,
     WeightReader,
@@ -47,6 +48,7 @@ class Graft:
     module: nn.Module | Slot
     config: AdapterConfig
     parts: Mapping[str, nn.Parameter]
+    name: str = ""
 
 
 @with_settings
@@ -110,7 +112,7 @@ def inject(
             kind, config, shapes = candidate.kind, layer.config, layer.shapes
             assert kind is not None
             parts = fresh_parts(module, kind, config, generator, covariance, shapes)
-            grafts.append(Graft(module, layer.config, parts))
+            grafts.append(Graft(module, layer.config, parts, layer.name))
     graft(modules, name, grafts, freeze=freeze)
     return report
 
@@ -138,10 +140,13 @@ def graft(
     with lock(), all_or_nothing(modules[0], with_parameters):
         for module in with_parameters if freeze else ():
             freeze_module(module, name, others=others)
-        slot: dict[str, object] = {name: object()}
-        alike: dict[Any, Any] = {}
+        members = Members()
+        slot, alike = {name: members}, dict[Any, Any]()
+        layers = []
         for g in grafts:
-            attach(g.module, name, g.config, g.parts, strength, slot, alike)
+            layer = attach(g.module, name, g.config, g.parts, strength, slot, alike)
+            layers.append((g.name, layer))
+        members.join(layers)
 
 
 def regraft(
@@ -180,6 +185,7 @@ def regraft(
             )
             _pass_on_flags(layer, like, name, g.parts)
             join(layer, name, like)
+            slot[name].join([(g.name, layer)])
         for layer in [m for m in holders if id(m) not in new]:
             detach(layer, name)
 

@@ -29,6 +29,7 @@ from lora_core._layers.kind import (
     swap,
 )
 from lora_core._layers.linear import LoRALinear
+from lora_core._layers.members import Members
 from lora_core._layers.mixin import (
     OWN_NAMES,
     LoRAMixin,
@@ -42,6 +43,7 @@ from lora_core._layers.parts import (
     factors_of,
     fresh_parts,
     idle,
+    misfits,
     non_finite,
     parts_of,
     reserved_parts,
@@ -98,6 +100,7 @@ __all__ = [
     "LoRALinear",
     "LoRAMixin",
     "LoRAWeight",
+    "Members",
     "Merged",
     "Order",
     "PerSample",
@@ -135,6 +138,7 @@ __all__ = [
     "layer_config",
     "lock",
     "may_be_one",
+    "misfits",
     "non_finite",
     "parts_of",
     "peek",

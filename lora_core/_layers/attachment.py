@@ -10,6 +10,7 @@ from lora_core._config import AdapterConfig, NamedSettings, check_name, checked_
 from lora_core._errors import ConfigError, UnsupportedLayerError
 from lora_core._layers.fit import layer_config, why_not
 from lora_core._layers.lengths import forget
+from lora_core._layers.members import Members
 from lora_core._layers.mixin import LoRAMixin, adapted_class
 from lora_core._layers.parts import drawing, fresh_parts, parts_of
 from lora_core._layers.state import FROZEN, NOTHING, STATE, Change, State, Strength, change, select
@@ -26,7 +27,7 @@ def attach(
     config: AdapterConfig,
     tensors: Mapping[str, nn.Parameter],
     strength: Strength | None = 1.0,
-    slot: Mapping[str, object] | None = None,
+    slot: Mapping[str, Members] | None = None,
     alike: dict[Any, Any] | None = None,
 ) -> LoRAMixin:
     """Puts one adapter on a layer, in place; active beside those that are, but for None.
@@ -37,8 +38,7 @@ def attach(
         config: Its settings there.
         tensors: Its tensors.
         strength: How strongly it is active; None for not at all.
-        slot: By its name what tells it from another of that name, on all its layers, which may
-            share the dict; None makes one.
+        slot: By its name its members, on all its layers, which may share the dict; None makes one.
         alike: What other layers in the same call share, where their settings are equal; see
             `select`.
 
@@ -66,7 +66,7 @@ def attach(
     chosen = dict(zip(state.selection.names, state.selection.strengths, strict=True))
     if strength is not None:
         chosen[name] = strength
-    slots = {name: object()} if slot is None else slot
+    slots = {name: Members()} if slot is None else slot
     change(
         layer,
         configs=configs,
@@ -112,6 +112,7 @@ def detach(layer: LoRAMixin, name: str) -> None:
         del configs[name], slots[name]
         selection = select(layer, state.strengths, configs)
     change(layer, configs=configs, slots=slots, selection=selection, change=Change())
+    state.slots[name].leave(layer)
     for part in gone:
         del layer._parameters[f"{part}_{name}"]
     forget(layer, name)

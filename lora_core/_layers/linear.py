@@ -9,6 +9,7 @@ from lora_core._layers.attachment import adopt, plain_attributes
 from lora_core._layers.context import checked, marked, ordinary
 from lora_core._layers.kind import LINEAR, own_weight
 from lora_core._layers.mixin import ADAPTED, READ, LoRAMixin, LoRARead, call
+from lora_core._layers.parts import refuse_resized
 from lora_core._layers.state import STATE
 from lora_core._layers.updates import Active, added
 from lora_core.functional import fused_lora_linear
@@ -62,7 +63,11 @@ class LoRALinear(LoRAMixin, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
         if (found := ordinary(self, input)) is not None:
             state, (W, b), (lora_A, lora_B, gain, p) = found
-            out = fused_lora_linear(input, W, b, lora_A, lora_B, gain, dropout=p)
+            try:
+                out = fused_lora_linear(input, W, b, lora_A, lora_B, gain, dropout=p)
+            except RuntimeError:
+                refuse_resized(self)
+                raise
             if (now := self.__dict__.get(STATE)) and now.change is state.change:
                 return marked(self, out)
         return call(self, input, (input,), {})

@@ -25,7 +25,7 @@ from lora_core._layers.context import (
     settled,
 )
 from lora_core._layers.kind import KINDS, TRANSPOSED, Kind, host_kind
-from lora_core._layers.parts import factors_of, parts_of, reset_parts
+from lora_core._layers.parts import factors_of, parts_of, refuse_resized, reset_parts
 from lora_core._layers.state import STATE, State, change, is_settled, lock, select, state_of
 from lora_core._layers.updates import Active, active, added, dense
 from lora_core.kernels.norms import without_autocast
@@ -63,8 +63,12 @@ class LoRAMixin(nn.Module):
             host, kind, update = self.lora_host_class.forward, self.lora_kind, state.pair.read(self)
         except (AttributeError, KeyError):  # of an adapter that another thread takes off
             return call(self, x, args, kwargs)
-        base = _tensor(self, host(self, *args))
-        out = base + kind.update(self, x, update, *args[1:]).to(base.dtype)
+        try:
+            base = _tensor(self, host(self, *args))
+            out = base + kind.update(self, x, update, *args[1:]).to(base.dtype)
+        except (IndexError, RuntimeError):
+            refuse_resized(self)
+            raise
         if is_settled(self, state):
             return marked(self, out)
         return call(self, x, args, kwargs)
@@ -232,6 +236,9 @@ def call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
         )
     try:
         return settled([layer], lambda: layer.lora_sum(active(layer, x), args, kwargs))
+    except (IndexError, RuntimeError):
+        refuse_resized(layer)
+        raise
     except (AttributeError, KeyError, TypeError):
         if isinstance(layer, LoRAMixin):
             raise

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_core import functional
 from lora_core._config import PARTS, AdapterConfig
-from lora_core._errors import UnsupportedLayerError
+from lora_core._errors import AdapterError, UnsupportedLayerError
 from lora_core._layers.kind import Kind, Shape, own_weight, peek
 from lora_core._layers.lengths import length_of
 
@@ -62,6 +62,32 @@ def reserved_parts(
             shape[dim] = config.room - config.rank
             wide[part] = torch.cat([wide[part], wide[part].new_zeros(shape)], dim)
     return wide
+
+
+def misfits(layer: Any) -> str:
+    """Where a layer and its adapters have other sizes, as after it was resized; "" if nowhere."""
+    for name, config in layer.lora_state.configs.items():
+        parts = parts_of(layer, name)
+        for part, shape in layer.lora_kind.shapes(layer, config).items():
+            if tuple(parts[part].shape) != tuple(shape):
+                has = tuple(parts[part].shape)
+                return f"{part} of {name!r} has {has}, and the weight {tuple(peek(layer).shape)}"
+    return ""
+
+
+def refuse_resized(layer: Any) -> None:
+    """Raises where a layer was resized under its adapters: called where a forward stumbles.
+
+    Raises:
+        AdapterError: If it was.
+    """
+    wrong = misfits(layer)
+    if wrong:
+        raise AdapterError(
+            f"A layer must keep its size while it carries an adapter, but in this"
+            f" {layer.lora_host_class.__name__} {wrong}. Resize before `inject`; or eject, resize"
+            " and inject again."
+        )
 
 
 def factor_names(adapters: Iterable[str]) -> set[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_core._config import AdapterConfig, Recipe
 from lora_core._errors import ConfigError
 from lora_core._layers.kind import Update, peek
+from lora_core._layers.members import Members
 
 # attribute of a module: adapter -> parameters that it keeps frozen, and whether each trained before
 FROZEN = "lora_frozen"
@@ -212,8 +213,8 @@ class State(NamedTuple):
 
     Attributes:
         configs: The settings of its adapters, by name.
-        slots: What tells each from another of its name that came before or after: one object on
-            all its layers, kept where a file takes its place.
+        slots: The members of each, one object on all its layers, which tells it from another of
+            its name that came before or after; kept where a file takes its place.
         selection: What is active.
         merged: What a merge did; None where nothing is merged.
         change: How its tensors stand: a forward that finds another one afterwards runs again.
@@ -221,7 +222,7 @@ class State(NamedTuple):
     """
 
     configs: Mapping[str, AdapterConfig] = {}  # replaced, never changed
-    slots: Mapping[str, object] = {}
+    slots: Mapping[str, Members] = {}
     selection: Selection = NOTHING
     merged: Merged | None = None
     change: Change = Change()

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lora_core._adapters import layers_with
+from lora_core._adapters import gone, layers_with
 from lora_core._errors import MergeError, listed
+from lora_core._layers import misfits
 from lora_core._merging import contact
 from lora_core._merging.contact import Site
 from lora_core._merging.finite import is_finite, non_finite, norms, read
@@ -29,6 +30,13 @@ def to_merge(model: nn.Module) -> dict[str, Site]:
             " Call `unmerge(model)` first."
         )
     layers = {n: m for n, m in everything.items() if m.lora_state.selection.names}
+    lost = gone(everything)
+    if lost:
+        raise MergeError(
+            f"An adapter must be on every layer that it was put on to be merged, but {listed(lost)}"
+            " is gone or was replaced, and its factors with it. Save the rest with"
+            " `save(..., strict=False)`, eject, and load that."
+        )
     if not layers:
         raise MergeError(
             f"An adapter must be active to be merged, but none is on {len(everything)} layers."
@@ -55,6 +63,7 @@ def to_merge(model: nn.Module) -> dict[str, Site]:
             f"A weight must be a plain Parameter to be merged, but that of {listed(odd)} is"
             " computed (parametrized or quantised). Eject, undo that, and inject again."
         )
+    _check_sizes(found)
     coded = [n for n, site in found.items() if _is_coded(site.weight)]
     if coded:
         raise MergeError(
@@ -63,6 +72,25 @@ def to_merge(model: nn.Module) -> dict[str, Site]:
             " was made from, or keep this one unmerged."
         )
     return found
+
+
+def _check_sizes(sites: Mapping[str, Site]) -> None:
+    """Refuses layers that were resized under their adapters; few calls, as most are alike."""
+    seen = set()
+    for n, site in sites.items():
+        own, shape = site.layer._parameters, site.weight.shape
+        for name in site.strengths:
+            down, up = f"lora_A_{name}", f"lora_B_{name}"
+            key = (shape, own[down].shape, own[up].shape) if down in own and up in own else n  # type: ignore[union-attr]
+            if key in seen:
+                continue
+            seen.add(key)
+            wrong = misfits(site.layer)
+            if wrong:
+                raise MergeError(
+                    f"A layer must keep its size while it carries an adapter, but at {n!r} {wrong}."
+                    " Resize before `inject`; or eject, resize and inject again."
+                )
 
 
 def tied_to_merge(

@@ -22,6 +22,7 @@ class AdapterSummary:
         trainable: Whether any of its factors requires a gradient.
         merged: Whether it is merged into the weights.
         idle: Names of the layers on which it is as it began, and adds nothing.
+        gone: Names of the layers that it was put on and that are no more, replaced perhaps.
     """
 
     name: str
@@ -34,6 +35,7 @@ class AdapterSummary:
     trainable: bool
     merged: bool
     idle: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -89,7 +91,13 @@ class Summary:
         if not rows:
             return f"no adapters; {tail}"
         asleep = [idleness(a.name, a.layers, a.idle) for a in self.adapters if a.idle]
-        return "\n".join([table(header, rows), tail, *asleep])
+        lost = [
+            f"{a.name!r} was on {len(a.gone)} layers more, which are gone or were replaced:"
+            f" {listed(a.gone)}"
+            for a in self.adapters
+            if a.gone
+        ]
+        return "\n".join([table(header, rows), tail, *asleep, *lost])
 
 
 def idleness(name: str, layers: Sequence[str], idle: Sequence[str]) -> str:
