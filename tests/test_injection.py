@@ -913,6 +913,17 @@ def test_a_keyword_that_is_no_setting_is_an_error_that_shows_those_there_are(net
             verb(nn.Sequential(nn.Linear(4, 4)), **{word: 4})  # before it looks for projections
 
 
+def test_a_second_adapter_says_which_one_stops_training(net):
+    assert inject(net, rank=2, name="first").notes == ()
+    said = "stops training: 'first'; `trainable` lets several train"
+    assert plan(net, rank=2, name="second").notes == (said,)
+    assert plan(net, rank=2, name="second", freeze=False).notes == ()
+    report = inject(net, rank=2, name="second")
+    assert report.notes == (said,)
+    assert str(report).endswith(said)
+    assert inject(net, rank=2, name="third").notes == (said.replace("first", "second"),)
+
+
 def test_help_tells_every_setting_with_its_default_and_its_meaning():
     for verb in (plan, inject):
         signature = inspect.signature(verb)

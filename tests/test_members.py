@@ -127,6 +127,20 @@ def test_an_error_of_a_layer_that_was_not_resized_stays_its_own() -> None:
         model.head(torch.randn(3, 5))
 
 
+def test_a_gradient_that_never_arrived_is_named() -> None:
+    model = adapted()
+    assert lora_core.summary(model).adapters[0].unreached == ()
+    model.body(torch.randn(3, 4)).sum().backward()
+    (found,) = lora_core.summary(model).adapters
+    assert found.unreached == ("embed", "attn.q_proj_weight", "head")
+    assert str(lora_core.summary(model)).endswith(
+        "'default' got no gradient at 3 of 5 layers, where the others did: 'embed',"
+        " 'attn.q_proj_weight', 'head'"
+    )
+    model(torch.tensor([[1, 2]])).sum().backward()
+    assert lora_core.summary(model).adapters[0].unreached == ()
+
+
 def test_save_lists_what_else_trains_and_refuses_it_if_asked(tmp_path: Path) -> None:
     model, path = adapted(), tmp_path / "a.safetensors"
     assert lora_core.save(model, path, strict=True).notes == ()

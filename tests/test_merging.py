@@ -423,6 +423,33 @@ def test_a_tied_weight_is_refused_unless_untied() -> None:
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("reversible", [True, False, "compact"])
+def test_an_untied_merge_in_every_form_and_what_ties_it_again(reversible: Any) -> None:
+    model = adapted(layers=2)
+    whole = nn.ModuleDict({"body": model, "head": nn.Linear(6, 6)})
+    shared = whole["head"].weight = model[0].weight
+    bits, x = shared.detach().clone(), torch.randn(3, 6)
+    expected = model(x)
+    lora_core.merge(whole, reversible=reversible, untie=True)
+    assert whole["head"].weight is shared
+    assert torch.equal(shared, bits)
+    torch.testing.assert_close(model(x), expected)
+    model[0].weight = shared  # as `tie_weights` does
+    repair = "Call `unmerge(model)`" if reversible else "Eject it and load it again"
+    said = (
+        "A weight that was untied for a merge must stay so, but that of this Linear was tied again,"
+        f" as `tie_weights` does, and 'default' is not in it. {repair}, and merge after tying."
+    )
+    with pytest.raises(MergeError, match=f"^{re.escape(said)}$"):
+        model(x)
+    if reversible:
+        with lora_core.disabled(model):
+            model(x)
+        lora_core.unmerge(whole)
+        assert model[0].weight is shared
+        assert torch.equal(model(x), expected)
+
+
 def test_weights_that_share_memory_under_two_parameters_count_as_tied() -> None:
     model = adapted(layers=1)
     head = nn.Linear(6, 6)

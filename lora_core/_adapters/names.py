@@ -162,6 +162,7 @@ def summary(model: nn.Module) -> Summary:
                 ),
                 idle=tuple(idle(mine, name)),
                 gone=tuple(gone(mine, name)),
+                unreached=tuple(_unreached(mine, name)),
             )
         )
     everything = list(model.parameters())
@@ -170,6 +171,19 @@ def summary(model: nn.Module) -> Summary:
         trainable=count([p for p in everything if p.requires_grad]),
         total=count(everything),
     )
+
+
+def _unreached(layers: Mapping[str, LoRAMixin], name: str) -> list[str]:
+    """The layers whose factors train and have no gradient, where others' have one."""
+    found: list[str] = []
+    reached = False
+    for n, layer in layers.items():
+        trains = [p for p in trained_parts(layer, name).values() if p.requires_grad]
+        has = any(p.grad is not None for p in trains)
+        reached = reached or has
+        if trains and not has:
+            found.append(n)
+    return found if reached else []
 
 
 def _strengths(layer: LoRAMixin) -> Mapping[str, Strength]:

@@ -119,8 +119,23 @@ def draw_up(
     modules = modules_of(candidates)
     why = reasons(modules, chosen) | dict.fromkeys(asked, ASKED_FOR)
     configs = _configure(chosen, settings, general, rules, why)
-    report = describe(candidates, name, chosen, configs, left_out, freeze=freeze, why=why)
+    stopped: dict[str, None] = {}
+    for m in modules if freeze else ():
+        if isinstance(m, LoRAMixin):
+            stopped |= _training(m)
+    notes = (
+        (f"stops training: {listed(stopped)}; `trainable` lets several train",) if stopped else ()
+    )
+    report = describe(
+        candidates, name, chosen, configs, left_out, freeze=freeze, notes=notes, why=why
+    )
     return report, chosen, modules
+
+
+def _training(layer: LoRAMixin) -> dict[str, None]:
+    """The adapters of a layer some of whose factors train."""
+    own = {key for key, p in layer._parameters.items() if p is not None and p.requires_grad}
+    return dict.fromkeys(n for n in layer.lora_state.configs if factor_names([n]) & own)
 
 
 def describe(

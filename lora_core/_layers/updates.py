@@ -13,7 +13,7 @@ from lora_core._layers.context import refuse_pins, seen_state
 from lora_core._layers.kind import Kind, Update, own_weight
 from lora_core._layers.lengths import column_norm_of, length_of, norm_of
 from lora_core._layers.parts import factors_of, trained_parts
-from lora_core._layers.state import Order, State, Term, is_per_sample
+from lora_core._layers.state import Merged, Order, State, Term, is_per_sample
 from lora_core.kernels.norms import sum_dtype
 
 
@@ -60,6 +60,7 @@ def active(layer: Any, x: Tensor | None = None) -> Active:
         terms = state.selection.terms
     if state.merged is not None:
         _refuse_training(layer, tuple(state.merged.strengths))
+        _refuse_tied(layer, state.merged)
         return Active([])
     return _collect(layer, terms, x, training=layer.training)
 
@@ -298,6 +299,19 @@ def _dropped(
     if recipe.module_dropout:
         gain = gain * (torch.rand((), device=lora_A.device) >= recipe.module_dropout)
     return gain
+
+
+def _refuse_tied(layer: Any, merged: Merged) -> None:
+    """Raises where a weight that a merge had to untie was tied again since."""
+    if merged.parameter is None or merged.merged is not None:  # or `disabled` shows the original
+        return
+    if layer._parameters.get("weight") is merged.parameter:
+        repair = "Eject it and load it again" if merged.kept is None else "Call `unmerge(model)`"
+        raise MergeError(
+            "A weight that was untied for a merge must stay so, but that of this"
+            f" {layer.lora_host_class.__name__} was tied again, as `tie_weights` does, and"
+            f" {listed(merged.strengths)} is not in it. {repair}, and merge after tying."
+        )
 
 
 def _refuse_training(layer: Any, names: tuple[str, ...]) -> None:

@@ -93,9 +93,7 @@ def _check_sizes(sites: Mapping[str, Site]) -> None:
                 )
 
 
-def tied_to_merge(
-    model: nn.Module, sites: Mapping[str, Site], *, untie: bool, reversible: bool
-) -> set[str]:
+def tied_to_merge(model: nn.Module, sites: Mapping[str, Site], *, untie: bool) -> set[str]:
     """Which of these layers share their weight and are to be untied.
 
     Raises:
@@ -117,12 +115,11 @@ def tied_to_merge(
             f"A parameter must belong to one module to be merged, but {listed(names)} is shared and"
             " would change there too. Untie it, or keep this one unmerged."
         )
-    if tied and not (untie and reversible):
+    if tied and not untie:
         names = [f"{name} (also {other})" for name, other in tied.items()]
         raise MergeError(
             f"A weight must belong to one module to be merged, but {listed(names)} is shared and"
-            " would change there too. "
-            + ("Pass untie=True." if reversible else "Merge reversibly, with untie=True.")
+            " would change there too. Pass untie=True."
         )
     return set(tied)
 

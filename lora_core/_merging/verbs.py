@@ -119,7 +119,7 @@ def merge(
     sites = to_merge(model)
     layers = [site.layer for site in sites.values()]
     refuse_pinned("merge", layers)
-    tied = tied_to_merge(model, sites, untie=untie, reversible=bool(reversible))
+    tied = tied_to_merge(model, sites, untie=untie)
     refuse_hollow(sites)
     strengths: dict[str, float] = {}
     for site in sites.values():
@@ -127,7 +127,7 @@ def merge(
     with _plainly({site.weight.device.type for site in sites.values()}), at_rest(layers):
         sizes = check_factors(sites)
         if not reversible:
-            loss = _merge_in_place(sites, sizes)
+            loss = _merge_in_place(sites, tied, sizes)
             return MergeReport(strengths, tuple(sites), reversible=False, loss=loss)
         device = None if keep is None else torch.device(keep)
         loss, kept = _merge_reversibly(sites, tied, device, compact=reversible == "compact")
@@ -354,8 +354,12 @@ def _merge_into_copies(
     return kept
 
 
-def _merge_in_place(sites: Mapping[str, Site], sizes: Sequence[float]) -> dict[str, float]:
+def _merge_in_place(
+    sites: Mapping[str, Site], tied: set[str], sizes: Sequence[float]
+) -> dict[str, float]:
     _refuse_overflow(sites, sizes)
+    shared = {name: sites[name].own for name in tied}
+    sites = {n: _untied(site) if n in tied else site for n, site in sites.items()}
     largest = max(site.weight.numel() for site in sites.values())
     # so few that working them out takes less memory than a layer
     losses = Losses(max(_FEW, min(_TOGETHER, largest // 16)))
@@ -364,9 +368,16 @@ def _merge_in_place(sites: Mapping[str, Site], sizes: Sequence[float]) -> dict[s
             _check_unmerged({name: sites[name] for name in together})
             for name in together:
                 site = sites[name]
-                state = Merged(site.strengths, None)
+                state = Merged(site.strengths, None, parameter=shared.get(name))
                 losses.add(name, _put_in_place(name, site, state))
     return losses.finish()
+
+
+def _untied(site: Site) -> Site:
+    """A layer with a weight of its own, as it was but for whom it shares it with; in place."""
+    own = nn.Parameter(site.own.data.clone(), site.own.requires_grad)
+    site.layer._parameters["weight"] = own
+    return site._replace(own=own, weight=own)
 
 
 def _check_unmerged(sites: Mapping[str, Site]) -> None:

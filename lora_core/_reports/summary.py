@@ -23,6 +23,8 @@ class AdapterSummary:
         merged: Whether it is merged into the weights.
         idle: Names of the layers on which it is as it began, and adds nothing.
         gone: Names of the layers that it was put on and that are no more, replaced perhaps.
+        unreached: Names of the layers that train and have no gradient, where others have one: no
+            loss depends on them.
     """
 
     name: str
@@ -36,6 +38,7 @@ class AdapterSummary:
     merged: bool
     idle: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -97,7 +100,13 @@ class Summary:
             for a in self.adapters
             if a.gone
         ]
-        return "\n".join([table(header, rows), tail, *asleep, *lost])
+        missed = [
+            f"{a.name!r} got no gradient at {len(a.unreached)} of {len(a.layers)} layers, where the"
+            f" others did: {listed(a.unreached)}"
+            for a in self.adapters
+            if a.unreached
+        ]
+        return "\n".join([table(header, rows), tail, *asleep, *lost, *missed])
 
 
 def idleness(name: str, layers: Sequence[str], idle: Sequence[str]) -> str:
