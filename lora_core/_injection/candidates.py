@@ -14,6 +14,7 @@ from torch import nn
 from lora_core._adapters import clean
 from lora_core._injection.code import names_used
 from lora_core._injection.dialects import LAST_NAMES
+from lora_core._injection.fused import FUSE, fused_in
 from lora_core._layers import (
     CHILD,
     FROZEN,
@@ -111,6 +112,17 @@ def walk(model: nn.Module) -> list[Candidate]:
                 labelled = tuple(f"{name}.{slot.label}".lstrip(".") for name in names)
                 raw = _is_raw(module, slot.label)
                 found.append(Candidate(labelled, slot, WEIGHT, why_not(slot), (module,), raw))
+    fused: dict[Any, str] = {}
+    for module in seen:
+        if hasattr(type(module), FUSE):
+            fused |= fused_in(module)
+    for i, c in enumerate(found) if fused else ():
+        if c.module in fused:
+            found[i] = replace(
+                c,
+                problem=f"is fused into {fused[c.module]!r}, which is called in its place. Name"
+                " that one, or call `unfuse_qkv_projections()` first.",
+            )
     for i, problem in _uncalled(found).items():
         found[i] = replace(found[i], problem=problem)
     return found

@@ -4,12 +4,14 @@
 - The fused evaluation of `nn.TransformerEncoder(Layer)`, which reads weights and calls no layer,
   is switched off for the very objects that hold an adapted layer; where nothing seen calls the
   layer, an unseen one may hold it, and the layer itself says that it must be called.
+- A block that can fuse its projections refuses to run where it has fused adapted ones.
 """
 
 from collections.abc import Iterator
 
 from torch import nn
 
+from lora_core._injection.fused import FUSE, refuse_fused
 from lora_core._layers import LoRAMixin, call_me, refuse_merged
 
 # class -> the attribute, and its value, that torch's own check takes for a reason to call layers
@@ -38,6 +40,8 @@ def settle(model: nn.Module) -> None:
             module.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
         for key in () if guarded else hooks:
             del module._load_state_dict_pre_hooks[key]
+        if hasattr(type(module), FUSE):
+            _watch(module, watched=guarded)
         for name, slow in _switches(module):
             own = vars(module)
             if guarded and _SWITCHED not in own:
@@ -48,6 +52,15 @@ def settle(model: nn.Module) -> None:
     for layer in _uncalled(model):
         if call_me not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(call_me)
+
+
+def _watch(block: nn.Module, *, watched: bool) -> None:
+    """Puts a look for fused projections on a block, or takes it off."""
+    there = [k for k, hook in block._forward_pre_hooks.items() if hook is refuse_fused]
+    if watched and not there:
+        block.register_forward_pre_hook(refuse_fused)
+    for key in () if watched else there:
+        del block._forward_pre_hooks[key]
 
 
 def is_guarded(model: nn.Module) -> bool:
