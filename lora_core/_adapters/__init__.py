@@ -3,8 +3,10 @@
 from lora_core._adapters.names import (
     adapted_layers,
     adapter_names,
+    by_pattern,
     check_known,
     clean,
+    glob,
     gone,
     layers_with,
     parameters,
@@ -18,10 +20,12 @@ from lora_core._adapters.strengths import scales
 __all__ = [
     "adapted_layers",
     "adapter_names",
+    "by_pattern",
     "check_known",
     "checkpoint_context",
     "clean",
     "disabled",
+    "glob",
     "gone",
     "join",
     "layers_with",

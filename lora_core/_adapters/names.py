@@ -1,10 +1,20 @@
 """Which adapters are on a model, and how they stand."""
 
+import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 from torch import nn
 
-from lora_core._errors import AdapterError, ConfigError, UnsupportedLayerError, listed
+from lora_core._errors import (
+    AdapterError,
+    ConfigError,
+    TargetError,
+    UnsupportedLayerError,
+    listed,
+)
 from lora_core._layers import CHILD, LoRAMixin, Strength, idle, parts_of, trained_parts
 from lora_core._reports import AdapterSummary, Summary, count
 
@@ -20,6 +30,58 @@ def clean(name: str) -> str:
         return name
     parts = (part for part in name.split(".") if part not in ("_orig_mod", CHILD))
     return ".".join(part.removeprefix(f"{CHILD}_") for part in parts)
+
+
+@lru_cache
+def glob(pattern: str) -> re.Pattern[str]:
+    """A glob over a dotted name, or over any tail of it that begins after a dot.
+
+    Example:
+        >>> bool(glob("attn.*").fullmatch("blocks.0.attn.to_q")), bool(glob("to").fullmatch("to_q"))
+        (True, False)
+    """
+    return re.compile(rf"(?s:.*\.)?(?:{fnmatch.translate(pattern)})")
+
+
+def by_pattern(what: str, values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The value of each name: that of the first pattern which matches it.
+
+    Args:
+        what: What has the values, for messages.
+        values: By glob.
+        names: The dotted names.
+
+    Raises:
+        ConfigError: If a pattern is no string.
+        TargetError: If a pattern matches nothing, or nothing matches a name.
+    """
+    odd = [pattern for pattern in values if not isinstance(pattern, str)]
+    if odd or not values:
+        raise ConfigError(
+            f"`{what}` must map globs to numbers, as in {{'*mid*': 0.3, '*': 1.0}}, but holds"
+            f" {listed(odd) if odd else 'nothing'}."
+        )
+    found: dict[str, Any] = {}
+    used: set[str] = set()
+    names = list(names)
+    for name in names:
+        hits = [pattern for pattern in values if glob(pattern).fullmatch(name)]
+        used.update(hits)
+        if hits:
+            found[name] = values[hits[0]]
+    idle = [pattern for pattern in values if pattern not in used]
+    if idle:
+        raise TargetError(
+            f"`{what}` must match a layer with each pattern, but {idle[0]!r} matches none of"
+            f" {len(names)}: {listed(names)}."
+        )
+    left = [name for name in names if name not in found]
+    if left:
+        raise TargetError(
+            f"`{what}` must have a value for every layer, but none for {listed(left)}. Add '*' as"
+            " the last pattern."
+        )
+    return found
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRAMixin]:

@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from lora_core._adapters import scopes
-from lora_core._adapters.names import adapter_names, check_known, layers_with
+from lora_core._adapters.names import adapter_names, by_pattern, check_known, layers_with
 from lora_core._config import check_finite, check_flag
 from lora_core._errors import (
     ConfigError,
@@ -34,15 +34,26 @@ class Scales(scopes.Scope, AbstractContextManager["Scales"]):
     """What `scales` did; leaving it as a context puts back what was there before.
 
     Attributes:
-        strengths: The active adapters and their strengths.
+        strengths: The active adapters and their strengths, or those by layer.
     """
 
-    def __init__(self, layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Strength]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LoRAMixin],
+        strengths: Mapping[str, Strength | Mapping[str, Strength]],
+    ) -> None:
         self.strengths = dict(strengths)
-        alike: dict[Any, Any] = {}
-        self._chosen = [
-            (layer, select(layer, self.strengths, None, alike)) for layer in layers.values()
-        ]
+        alike: dict[object, dict[Any, Any]] = {}  # what layers of equal strengths share
+        self._chosen = []
+        for n, layer in layers.items():
+            here: dict[str, Strength] = {}
+            for name, strength in strengths.items():
+                if not isinstance(strength, Mapping):
+                    here[name] = strength
+                elif n in strength:
+                    here[name] = strength[n]
+            key = tuple(here.items())
+            self._chosen.append((layer, select(layer, here, None, alike.setdefault(key, {}))))
         self._choose(entered=False)
 
     def _choose(self, *, entered: bool) -> None:
@@ -104,13 +115,16 @@ def scales(
     # of any type, or no checker would take `**` of a mapping of strengths
     guidance: object = False,
     repeats: object = 1,
-    **strengths: float | Sequence[float] | Tensor,
+    **strengths: float | Sequence[float] | Tensor | Mapping[str, float],
 ) -> Scales:
     """Chooses the active adapters and their strengths, in place.
 
     The adapters named become the active ones, in this order, each multiplied by its strength on
     top of its layers' scales; all others become inactive. Works at once, and as a context manager
     that restores what it found.
+
+    A strength may be a mapping of globs, as in ``{"*mid*": 0.3, "*": 1.0}``: each layer has that of
+    the first which matches its name, and each must have one.
 
     A strength may be a tensor or a list with one entry for each sample of a batch; `samples` says
     the same sample by sample. Such a mix costs what one adapter of all their ranks costs, and
@@ -130,6 +144,7 @@ def scales(
 
     Raises:
         AdapterError: If a name is no adapter of the model.
+        TargetError: If a pattern matches no layer of its adapter, or a layer no pattern.
         ConfigError: If a strength is no finite number, numbers of samples differ, or none is given.
         UnsupportedLayerError: If samples are told apart on an adapter in a parameter that is read,
             which all samples share, or on one with magnitudes (DoRA).
@@ -169,7 +184,14 @@ def _scales(
             "`scales` must be given a strength for an adapter, but got none."
             f" Write `scales(model, {known[0]}=1.0)`, or use `disabled(model)`."
         )
-    checked = {name: _strength(name, value, order) for name, value in asked.items()}
+    checked: dict[str, Any] = {}
+    for name, value in asked.items():
+        if isinstance(value, Mapping):
+            mine = [n for n, layer in layers.items() if name in layer.lora_state.configs]
+            found = by_pattern(name, value, mine)
+            checked[name] = {n: check_finite(name, strength) for n, strength in found.items()}
+        else:
+            checked[name] = _strength(name, value, order)
     if order != ONCE and not any(isinstance(s, tuple) for s in checked.values()):
         raise ConfigError(
             "`guidance` and `repeats` must go with a strength for each sample, but every strength"
@@ -256,8 +278,10 @@ def _check_samples(layers: Mapping[str, LoRAMixin], strengths: Mapping[str, Stre
         )
 
 
-def shown(strength: Strength) -> str:
+def shown(strength: Strength | Mapping[str, Strength]) -> str:
     """A strength as a receipt prints it."""
+    if isinstance(strength, Mapping):
+        return "by layer"
     if isinstance(strength, tuple):
         return "(" + ", ".join(f"{s:g}" for s in strength) + ")"
     return f"{strength:g}"

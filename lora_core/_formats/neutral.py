@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core._adapters import glob
 from lora_core._config import AdapterConfig
-from lora_core._errors import ConfigError, listed
+from lora_core._errors import ConfigError, TargetError, listed
 from lora_core._formats.bases import rebased
 
 
@@ -97,6 +98,32 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {self.format}, {len(self.layers)} layers)"
+
+    def select(self, *patterns: str) -> "Adapter":
+        """The adapter on some of its layers alone.
+
+        Args:
+            patterns: Globs over the dotted names, or over any tail of one.
+
+        Raises:
+            TargetError: If a pattern matches no layer.
+
+        Example:
+            >>> import lora_core, torch
+            >>> block = torch.nn.ModuleDict({n: torch.nn.Linear(8, 8) for n in ("to_q", "mlp")})
+            >>> _ = lora_core.inject(block, rank=2, targets=["to_q", "mlp"])
+            >>> list(lora_core.adapter_of(block).select("to_*").layers)
+            ['to_q']
+        """
+        for pattern in patterns:
+            if not any(map(glob(pattern).fullmatch, self.layers)):
+                raise TargetError(
+                    f"`select` must match a layer with each pattern, but {pattern!r} matches none"
+                    f" of {len(self.layers)}: {listed(self.layers)}."
+                )
+        kept = {n: x for n, x in self.layers.items() if any(glob(p).fullmatch(n) for p in patterns)}
+        base = rebased(self.base, self.layers, {name: name for name in kept})
+        return replace(self, layers=kept, base=base)
 
 
 def part_of(adapter: Adapter, only: str | None, what: str) -> Adapter:

@@ -1,13 +1,12 @@
 """The layers that patterns name, or attention's projections, and an error that helps where none."""
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 
 from torch import nn
 
+from lora_core._adapters import glob
 from lora_core._errors import ConfigError, TargetError, UnsupportedLayerError, listed
 from lora_core._injection.candidates import Candidate, unregistered
 from lora_core._injection.dialects import DIALECTS
@@ -46,18 +45,13 @@ def matches(pattern: Pattern, candidate: Candidate) -> bool:
     ):
         return False
     if isinstance(pattern, str):
-        pattern = _glob(pattern)
+        pattern = glob(pattern)
     if isinstance(pattern, re.Pattern):
         return any(map(pattern.fullmatch, candidate.names))
     if isinstance(pattern, type_):
         first, *others = candidate.owners
         return isinstance(first, pattern) or any(isinstance(owner, pattern) for owner in others)
     return any(bool(pattern(name, candidate.owners[0])) for name in candidate.names)
-
-
-@lru_cache
-def _glob(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?s:.*\.)?(?:{fnmatch.translate(pattern)})")
 
 
 def shown(pattern: Pattern) -> str:
