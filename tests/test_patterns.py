@@ -86,6 +86,28 @@ def test_patterns_that_leave_something_open_are_errors(
     assert lora_core.summary(made) == before
 
 
+def test_each_layer_learns_at_the_rate_of_the_first_pattern_that_matches() -> None:
+    made = model()
+    lora_core.trainable(made, "style")
+    groups = lora_core.parameter_groups(
+        made, "style", lr={"mid.*": 0.5, "*": 0.25}, lr_ratio=2.0, weight_decay=0.125
+    )
+    assert [(g["lr"], len(g["params"])) for g in groups] == [
+        (0.25, 2),
+        (0.5, 2),
+        (0.5, 2),
+        (1.0, 2),
+    ]
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    for part, slow in (("down", 0.25), ("mid", 0.5)):
+        for layer in made[part].values():
+            assert rates[id(layer.lora_A_style)] == slow
+            assert rates[id(layer.lora_B_style)] == 2 * slow
+    torch.optim.AdamW(groups)
+    with pytest.raises(TargetError, match="^`lr` must have a value for every layer, but none for"):
+        lora_core.parameter_groups(made, "style", lr={"mid.*": 0.5})
+
+
 def test_a_part_of_an_adapter_is_an_adapter(tmp_path: Path) -> None:
     made = model()
     whole = lora_core.adapter_of(made, "style")

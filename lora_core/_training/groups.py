@@ -1,10 +1,11 @@
 """Groups of factors for an optimiser."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from lora_core._adapters import layers_with
+from lora_core._adapters import by_pattern, layers_with
 from lora_core._config import check_finite, check_positive
 from lora_core._errors import ConfigError
 from lora_core._layers import trained_parts
@@ -14,7 +15,7 @@ def parameter_groups(
     model: nn.Module,
     name: str | None = None,
     *,
-    lr: float,
+    lr: float | Mapping[str, float],
     lr_ratio: float = 16.0,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
@@ -26,17 +27,19 @@ def parameter_groups(
     Args:
         model: A model with adapters.
         name: The adapter; None means all.
-        lr: The learning rate of `lora_A`.
+        lr: The learning rate of `lora_A`; by glob, as in ``{"*mid*": 1e-4, "*": 1e-5}``, that of
+            the first which matches a layer's name.
         lr_ratio: How many times that `lora_B` gets.
         weight_decay: The decay of all but magnitudes and biases.
 
     Returns:
-        Up to three groups: `lora_A` (and the core of a Tucker form), `lora_B`, and what has one
-        dimension; those in which nothing trains are left out.
+        Up to three groups for each rate: `lora_A` (and the core of a Tucker form), `lora_B`, and
+        what has one dimension; those in which nothing trains are left out.
 
     Raises:
         AdapterError: If there is no such adapter, or none at all.
         ConfigError: If a number is out of range, or no factor trains.
+        TargetError: If a pattern matches no layer, or a layer no pattern.
 
     Reference:
         Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
@@ -48,25 +51,26 @@ def parameter_groups(
         >>> [group["lr"] for group in torch.optim.AdamW(groups).param_groups]
         [0.25, 4.0]
     """
-    slow = check_positive("lr", lr)
-    fast = check_positive("lr * lr_ratio", slow * check_positive("lr_ratio", lr_ratio))
+    ratio = check_positive("lr_ratio", lr_ratio)
     if check_finite("weight_decay", weight_decay) < 0:
         raise ConfigError(f"`weight_decay` must be at least 0, but is {weight_decay!r}.")
-    everything = [
-        (part, p)
-        for layer in layers_with(model, name).values()
-        for adapter in layer.lora_state.configs
-        if name in (None, adapter)
-        for part, p in trained_parts(layer, adapter).items()
-    ]
-    asked = [
-        (slow, weight_decay, [p for part, p in everything if p.ndim > 1 and part != "lora_B"]),
-        (fast, weight_decay, [p for part, p in everything if part == "lora_B"]),
-        (slow, 0.0, [p for _, p in everything if p.ndim == 1]),
-    ]
+    layers = layers_with(model, name)
+    rates = by_pattern("lr", lr, layers) if isinstance(lr, Mapping) else dict.fromkeys(layers, lr)
+    everything: list[nn.Parameter] = []
+    kinds: dict[tuple[float, int], list[nn.Parameter]] = {}  # by rate: A, B, and vectors
+    for n, layer in layers.items():
+        slow = check_positive("lr", rates[n])
+        check_positive("lr * lr_ratio", slow * ratio)
+        for kind in range(3):
+            kinds.setdefault((slow, kind), [])
+        for adapter in layer.lora_state.configs:
+            for part, p in trained_parts(layer, adapter).items() if name in (None, adapter) else ():
+                everything.append(p)
+                kinds[slow, 2 if p.ndim == 1 else 1 if part == "lora_B" else 0].append(p)
     groups: list[dict[str, Any]] = []
-    for rate, decay, kind in asked:
-        training = list(dict.fromkeys(p for p in kind if p.requires_grad))
+    for (slow, kind), held in kinds.items():
+        training = list(dict.fromkeys(p for p in held if p.requires_grad))
+        rate, decay = slow * ratio if kind == 1 else slow, 0.0 if kind == 2 else weight_decay
         if training:
             groups.append({"params": training, "lr": rate, "weight_decay": float(decay)})
     if not groups:
