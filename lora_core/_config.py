@@ -8,6 +8,7 @@ import difflib
 import inspect
 import math
 import numbers
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -113,6 +114,15 @@ def check_flag(what: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"`{what}` must be True or False, but is {value!a}.")
     return value
+
+
+def path_of(path: object, beside: str = "") -> str:
+    """Returns `path` as text if it is one; `beside` is what else would do, for the message."""
+    try:
+        return os.fsdecode(path)  # type: ignore[arg-type]
+    except TypeError:
+        said = f"`path` must be a path{beside}, but is {type(path).__name__}."
+    raise ConfigError(said)
 
 
 def check_name(name: object) -> str:

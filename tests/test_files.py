@@ -290,7 +290,7 @@ def test_an_adapter_of_a_called_layer_fits_where_the_same_matrix_is_read(tmp_pat
 def test_saving_needs_a_name_where_there_are_several(tmp_path: Path) -> None:
     model = adapted()
     lora_core.inject(model, rank=1, targets="0", name="b")
-    said = "^`name` must say which adapter to save, but the model has 'style', 'b'.$"
+    said = "^`name` must say which adapter is meant, but the model has 'style', 'b'.$"
     with pytest.raises(AdapterError, match=said):
         lora_core.save(model, tmp_path / "x")
     assert lora_core.save(model, tmp_path / "x", name="b").layers == ("0",)

@@ -157,3 +157,26 @@ def test_adapters_are_combined_at_one_without_weights() -> None:
     for part, t in once.layers["0"].parts.items():
         assert torch.equal(t, named.layers["0"].parts[part])
     assert copy.deepcopy(once).layers.keys() == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda m: lora_core.load(m, m.state_dict()),
+            "a path or an `Adapter`, but is OrderedDict.",
+        ),
+        (lambda m: lora_core.load(m, 3), "a path or an `Adapter`, but is int."),
+        (lora_core.read, "a path, but is Sequential."),
+        (lambda m: lora_core.save(m, m), "a path, but is Sequential."),
+    ],
+)
+def test_what_is_no_path_is_told_apart_from_one(call: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^`path` must be {re.escape(said)}$"):
+        call(trained())
+
+
+def test_a_model_is_saved_and_an_adapter_is_written(tmp_path: Path) -> None:
+    said = "`adapter` must be an `Adapter`, as `adapter_of` and `read` give it, but is Sequential."
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)} `save` writes that of a model.$"):
+        lora_core.write(trained(), tmp_path / "a")  # type: ignore[arg-type]

@@ -373,7 +373,7 @@ def test_rslora_of_some_layers_is_written_as_that_of_none_for_peft() -> None:
 def test_dropout_that_has_no_place_is_told() -> None:
     x = unet(dropout=0.1)
     assert encode(adapter({"x": x}), "kohya").notes == (
-        "dropout, which acts in training alone, is left out: 'x'",
+        "what acts in training alone, as dropout does, is left out: 'x'",
     )
     kept = encode(adapter({"x": x}), "peft")
     assert kept.config is not None

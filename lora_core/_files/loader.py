@@ -8,7 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lora_core._config import AdapterConfig, check_finite, check_flag, check_name, check_rank
+from lora_core._config import (
+    AdapterConfig,
+    check_finite,
+    check_flag,
+    check_name,
+    check_rank,
+    path_of,
+)
 from lora_core._errors import ConfigError, listed
 from lora_core._files.place import (
     as_models,
@@ -128,7 +135,7 @@ def load(
     if isinstance(path, Adapter):
         file, path = path, path.name
     else:
-        path = os.fsdecode(path)
+        path = path_of(path, " or an `Adapter`")
         file = read(
             path, alpha=alpha, allow_pickle=allow_pickle, enable_lora=enable_lora, strict=strict
         )

@@ -14,6 +14,7 @@ from lora_core._adapters import (
     parameters,
     without_base,
 )
+from lora_core._config import path_of
 from lora_core._errors import AdapterError, ConfigError, MergeError, listed
 from lora_core._files.fingerprint import fingerprint
 from lora_core._files.offload import at_hand, is_offloaded
@@ -83,10 +84,10 @@ def save(
         ...     save(layer, f"{folder}/style.safetensors").parameters
         16
     """
-    path = os.fsdecode(path)
+    path = path_of(path)
     models = as_models(model)
     found, lost = _adapter_of(models, name, plain=plain, strict=strict is not False)
-    others = _beside(whole(models), found.name)
+    others = _beside(whole(models))
     if others and strict:
         raise ConfigError(
             f"All that trains must be in the file where `strict` is True, but {listed(others)}"
@@ -136,19 +137,29 @@ def adapter_of(
     return _adapter_of(as_models(model), name, plain=plain)[0]
 
 
-def _beside(host: nn.Module, name: str) -> list[str]:
+def _beside(host: nn.Module) -> list[str]:
     """The parameters that train and are of no adapter."""
-    factors = {
-        id(p)
-        for layer in layers_with(host, name).values()
-        for adapter in layer.lora_state.configs
-        for p in parts_of(layer, adapter).values()
-    }
-    every = [(n, p) for n, p in host.named_parameters() if p.requires_grad and id(p) not in factors]
-    if not every:
+    if not _trains_beside(host):  # mostly nothing does, and a walk by names takes far longer
         return []
     mine = {id(p) for p in parameters(host)}
-    return [clean(n) for n, p in every if id(p) not in mine]
+    found = [(n, p) for n, p in host.named_parameters() if p.requires_grad and id(p) not in mine]
+    return [clean(n) for n, _ in found]
+
+
+def _trains_beside(host: nn.Module) -> bool:
+    seen: set[nn.Module] = set()
+    left = [host]
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for key, p in module._parameters.items():
+            if p is not None and p.requires_grad and key[:5] != "lora_":
+                return True
+        if module._modules:
+            left += [child for child in module._modules.values() if child is not None]
+    return False
 
 
 def _adapter_of(
@@ -161,7 +172,7 @@ def _adapter_of(
         known = adapter_names(layers)
         if len(known) > 1:
             raise AdapterError(
-                f"`name` must say which adapter to save, but the model has {listed(known)}."
+                f"`name` must say which adapter is meant, but the model has {listed(known)}."
             )
         name = known[0]
     lost = gone(layers, name)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_core._config import RESERVED
+from lora_core._config import RESERVED, path_of
 from lora_core._errors import CorruptFileError, UnsupportedFileError, listed
 from lora_core._formats import container, diffusers, loralib, minlora, native
 from lora_core._formats.alphas import Alphas, Source
@@ -46,7 +46,7 @@ def read(
         ConfigError: If `alpha` or `enable_lora` is missing, or is given where the file decides.
         OSError: If it can't be read.
     """
-    opened = open_file(Path(os.fsdecode(path)), allow_pickle)
+    opened = open_file(Path(path if type(path) is str else path_of(path)), allow_pickle)
     where = str(opened.path)
     alphas = Alphas(alpha, where)
     merged = loralib.Merged(enable_lora, where)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_core._config import SETTINGS, AdapterConfig, check_flag
+from lora_core._config import SETTINGS, AdapterConfig, check_flag, path_of
 from lora_core._errors import ConfigError, listed
 from lora_core._formats import (
     container,
@@ -65,6 +65,11 @@ def encode(
         raise ConfigError(
             f"`spelling` must be one of {listed(SPELLINGS)}, of 'kohya' and 'lycoris' alone, but is"
             f" {spelling!r} for {format!r}. Leave it out for the one that is usual."
+        )
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(
+            f"`adapter` must be an `Adapter`, as `adapter_of` and `read` give it, but is"
+            f" {type(adapter).__name__}. `save` writes that of a model."
         )
     if not adapter.layers:
         raise ConfigError("An adapter must have a layer to be written, but has none. Add one.")
@@ -123,7 +128,7 @@ def write(
     if found.config is None:
         container.write(path, files[""])
         return found
-    folder = Path(os.fsdecode(path))
+    folder = Path(path_of(path))
     if folder.suffix == ".safetensors":
         raise ConfigError(
             f"`path` must be a folder for the two files of format={format!r}, but"
@@ -166,7 +171,7 @@ def _notes(before: Mapping[str, AdapterLayer], found: Encoded, format: str) -> I
         "the first factors are a part of twice the rank": named(
             lambda old, new: old.subtracted > new.subtracted
         ),
-        "dropout, which acts in training alone, is left out": named(
+        "what acts in training alone, as dropout does, is left out": named(
             lambda old, _: format != "lora_core" and _drops(old, found.config)
         ),
     }

@@ -63,7 +63,6 @@ def to_merge(model: nn.Module) -> dict[str, Site]:
             f"A weight must be a plain Parameter to be merged, but that of {listed(odd)} is"
             " computed (parametrized or quantised). Eject, undo that, and inject again."
         )
-    _check_sizes(found)
     coded = [n for n, site in found.items() if _is_coded(site.weight)]
     if coded:
         raise MergeError(
@@ -74,7 +73,7 @@ def to_merge(model: nn.Module) -> dict[str, Site]:
     return found
 
 
-def _check_sizes(sites: Mapping[str, Site]) -> None:
+def check_sizes(sites: Mapping[str, Site]) -> None:
     """Refuses layers that were resized under their adapters; few calls, as most are alike."""
     seen = set()
     for n, site in sites.items():

@@ -43,6 +43,7 @@ from lora_core._merging.loss import Losses, Sample, sample
 from lora_core._merging.refusals import (
     check_factors,
     check_merged,
+    check_sizes,
     overflow,
     refuse_hollow,
     tied_to_merge,
@@ -127,10 +128,15 @@ def merge(
     with _plainly({site.weight.device.type for site in sites.values()}), at_rest(layers):
         sizes = check_factors(sites)
         if not reversible:
+            check_sizes(sites)
             loss = _merge_in_place(sites, tied, sizes)
             return MergeReport(strengths, tuple(sites), reversible=False, loss=loss)
         device = None if keep is None else torch.device(keep)
-        loss, kept = _merge_reversibly(sites, tied, device, compact=reversible == "compact")
+        try:
+            loss, kept = _merge_reversibly(sites, tied, device, compact=reversible == "compact")
+        except RuntimeError:  # of torch, where factors don't fit; all is as it was
+            check_sizes(sites)
+            raise
     report = MergeReport(strengths, tuple(sites), reversible=True, loss=loss)
     if reversible != "compact":
         return report
