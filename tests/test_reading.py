@@ -471,3 +471,51 @@ def test_a_second_name_that_is_never_called_is_refused_with_the_one_that_is() ->
     assert not lora_core.summary(model).adapters
     assert [layer.name for layer in plan(model, targets="table", rank=1).layers] == ["inner.table"]
     assert len(plan(Reached(), targets=nn.Embedding, rank=1).layers) == 2
+
+
+class Noised(nn.Linear):
+    """Does more with its weight, in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * 2 if self.training else self.weight
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class Writing(nn.Linear):
+    """Writes to what it computes with, and keeps what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.seen: list[int] = []
+        self.mean = torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(1)
+        self.mean += x.mean(0)
+        self.norm(x)
+        with torch.no_grad():
+            self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+def test_a_trial_is_made_in_training_too_and_leaves_no_trace() -> None:
+    model = nn.Sequential(Noised(4, 4), Writing())
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    first, second = plan(model, targets=["0", "1"]).layers
+    assert first.why == f"the forward of Noised {MORE} in training"
+    assert second.config.read
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert model[1].seen == []
+    assert not model[1].mean.any()
+    assert all(m.training for m in model.modules())
+
+
+def test_a_forward_of_its_own_over_a_computed_weight_is_refused() -> None:
+    layer = nn.utils.parametrizations.weight_norm(Squared(4, 4))
+    said = (
+        "has a forward of its own and a weight that is computed, so that nothing shows where an"
+        " update belongs. Take the parametrization off, adapt, and put it back."
+    )
+    with pytest.raises(UnsupportedLayerError, match=re.escape(said)):
+        inject(nn.Sequential(layer), targets="0")

@@ -70,6 +70,11 @@ def why_not(module: nn.Module | Slot) -> str:
         return "has an adapter on a parameter of its own. Eject that first, or exclude the layer."
     host: Any = module.lora_host_class if isinstance(module, LoRAMixin) else type(module)
     own = not computes_as_torch(host)
+    if own and "parametrizations" in module._modules:
+        return (
+            "has a forward of its own and a weight that is computed, so that nothing shows where an"
+            " update belongs. Take the parametrization off, adapt, and put it back."
+        )
     weight = getattr(module, "weight", None) if own else peek(module)
     if own and isinstance(weight, Tensor) and not _is_sharded(weight):
         return ""  # whatever the weight is stored as, the host's forward knows

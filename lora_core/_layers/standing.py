@@ -1,5 +1,6 @@
 """Whether an update may stand beside what a layer gives, by its class or by trying."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -33,16 +34,18 @@ def why_read(module: nn.Module) -> str:
         return f"{said} can't be tried on the meta device"
     if options(cls.forward):
         return f"{said} takes {listed(options(cls.forward))} beside its input"
-    try:
-        moved, asked = _moved(module, cls, kind), _moved(module, kind, kind)
-    except Exception:  # noqa: BLE001  # whatever a host's own forward raises
-        return f"{said} can't be tried with an input alone"
-    if moved is None or asked is None or moved.shape != asked.shape:
-        return f"{said} gives something else than torch's"
-    bound = 64 * torch.finfo(own.dtype).eps * float(asked.norm())
-    if bool((moved - asked).norm() <= bound):
-        return ""
-    return f"{said} does more with the weight than torch's"
+    for training in (False, True):
+        try:
+            moved = _moved(module, cls, kind, training=training)
+            asked = _moved(module, kind, kind, training=training)
+        except Exception:  # noqa: BLE001  # whatever a host's own forward raises
+            return f"{said} can't be tried with an input alone"
+        if moved is None or asked is None or moved.shape != asked.shape:
+            return f"{said} gives something else than torch's"
+        bound = 64 * torch.finfo(own.dtype).eps * float(asked.norm())
+        if not bool((moved - asked).norm() <= bound):
+            return f"{said} does more with the weight than torch's" + " in training" * training
+    return ""
 
 
 def options(forward: Callable[..., Any]) -> list[str]:
@@ -52,13 +55,16 @@ def options(forward: Callable[..., Any]) -> list[str]:
     return [str(p) for i, p in enumerate(taken) if i > 1 or p.kind not in plain]
 
 
-def _moved(module: nn.Module, cls: type[nn.Module], kind: type[nn.Module]) -> Tensor | None:
+def _moved(
+    module: nn.Module, cls: type[nn.Module], kind: type[nn.Module], *, training: bool
+) -> Tensor | None:
     """What a forward gives with a layer's weight less what it gives with zeros; None if no tensor.
 
     Args:
         module: The layer.
         cls: The class whose forward it is.
         kind: The layer's kind.
+        training: The mode in which it is tried.
     """
     own = peek(module)
     if own.is_meta:
@@ -68,7 +74,8 @@ def _moved(module: nn.Module, cls: type[nn.Module], kind: type[nn.Module]) -> Te
     given: list[Tensor] = []
     with torch.no_grad(), torch.random.fork_rng(devices=[own.device] if own.is_cuda else []):
         for weight in (own, zeros):
-            twin = _twin(module, cls, weight)
+            # a forward may write to what it computes with
+            twin = _twin(module, cls, weight.clone()).train(training)
             x = KINDS[kind].probe(twin, torch.Generator("cpu").manual_seed(0))
             torch.manual_seed(0)
             out: Any = cls.forward(twin, x)
@@ -88,5 +95,11 @@ def _twin(module: nn.Module, cls: type[nn.Module], weight: Tensor) -> nn.Module:
     }
     parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-    vars(twin).update(own, _parameters=parameters, _buffers=buffers, training=False)
+    held = {
+        key: value.clone() if isinstance(value, Tensor) else copy.copy(value)
+        for key, value in own.items()
+        if isinstance(value, Tensor | list | dict | set)
+    }
+    inside = copy.deepcopy(module._modules)
+    vars(twin).update({**own, **held}, _parameters=parameters, _buffers=buffers, _modules=inside)
     return twin
