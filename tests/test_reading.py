@@ -519,3 +519,19 @@ def test_a_forward_of_its_own_over_a_computed_weight_is_refused() -> None:
     )
     with pytest.raises(UnsupportedLayerError, match=re.escape(said)):
         inject(nn.Sequential(layer), targets="0")
+
+
+class Slightly(nn.Linear):
+    """Multiplies its output by a little less than one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_small_difference_is_seen_in_every_dtype(dtype: torch.dtype) -> None:
+    model = nn.Sequential(Slightly(6, 6), Same(6, 6)).to(dtype)
+    first, second = plan(model, targets=["0", "1"], rank=2).layers
+    assert first.why == f"the forward of Slightly {MORE}"
+    assert not second.config.read
+    assert {p.dtype for p in model.parameters()} == {dtype}

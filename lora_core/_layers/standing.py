@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_core._errors import listed
 from lora_core._layers.kind import KINDS, computes_as_torch, host_kind, peek
+from lora_core.kernels.norms import sum_dtype
 
 _LARGEST = 2**24  # numbers of a weight on the meta device for which others are drawn to try
 
@@ -34,17 +35,28 @@ def why_read(module: nn.Module) -> str:
         return f"{said} can't be tried on the meta device"
     if options(cls.forward):
         return f"{said} takes {listed(options(cls.forward))} beside its input"
-    for training in (False, True):
+    # in a type that tells a small difference from rounding, where the host takes it
+    for dtype in dict.fromkeys((sum_dtype(own.dtype), own.dtype)):
         try:
-            moved = _moved(module, cls, kind, training=training)
-            asked = _moved(module, kind, kind, training=training)
-        except Exception:  # noqa: BLE001  # whatever a host's own forward raises
-            return f"{said} can't be tried with an input alone"
+            different = _difference(module, cls, kind, dtype)
+        except Exception:  # noqa: BLE001, S112  # whatever a host's own forward raises
+            continue
+        return different and f"{said} {different}"
+    return f"{said} can't be tried with an input alone"
+
+
+def _difference(
+    module: nn.Module, cls: type[nn.Module], kind: type[nn.Module], dtype: torch.dtype
+) -> str:
+    """What a class does with a layer's weight that torch's own does not; "" if nothing."""
+    for training in (False, True):
+        moved = _moved(module, cls, kind, dtype, training=training)
+        asked = _moved(module, kind, kind, dtype, training=training)
         if moved is None or asked is None or moved.shape != asked.shape:
-            return f"{said} gives something else than torch's"
-        bound = 64 * torch.finfo(own.dtype).eps * float(asked.norm())
+            return "gives something else than torch's"
+        bound = 64 * torch.finfo(dtype).eps * float(asked.norm())
         if not bool((moved - asked).norm() <= bound):
-            return f"{said} does more with the weight than torch's" + " in training" * training
+            return "does more with the weight than torch's" + " in training" * training
     return ""
 
 
@@ -56,7 +68,12 @@ def options(forward: Callable[..., Any]) -> list[str]:
 
 
 def _moved(
-    module: nn.Module, cls: type[nn.Module], kind: type[nn.Module], *, training: bool
+    module: nn.Module,
+    cls: type[nn.Module],
+    kind: type[nn.Module],
+    dtype: torch.dtype,
+    *,
+    training: bool,
 ) -> Tensor | None:
     """What a forward gives with a layer's weight less what it gives with zeros; None if no tensor.
 
@@ -64,6 +81,7 @@ def _moved(
         module: The layer.
         cls: The class whose forward it is.
         kind: The layer's kind.
+        dtype: What is computed in.
         training: The mode in which it is tried.
     """
     own = peek(module)
@@ -75,7 +93,7 @@ def _moved(
     with torch.no_grad(), torch.random.fork_rng(devices=[own.device] if own.is_cuda else []):
         for weight in (own, zeros):
             # a forward may write to what it computes with
-            twin = _twin(module, cls, weight.clone()).train(training)
+            twin = nn.Module.to(_twin(module, cls, weight.clone()), dtype).train(training)
             x = KINDS[kind].probe(twin, torch.Generator("cpu").manual_seed(0))
             torch.manual_seed(0)
             out: Any = cls.forward(twin, x)
@@ -90,8 +108,13 @@ def _twin(module: nn.Module, cls: type[nn.Module], weight: Tensor) -> nn.Module:
     twin = cls.__new__(cls)
     own = vars(module)
     parameters = {
-        name: p if p is None or not p.is_meta else nn.Parameter(torch.zeros(p.shape, dtype=p.dtype))
+        name: None
+        if p is None
+        else nn.Parameter(torch.zeros_like(p, device="cpu"), False)
+        if p.is_meta
+        else nn.Parameter(p.detach().clone(), False)
         for name, p in module._parameters.items()
+        if name != "weight"
     }
     parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
